@@ -62,7 +62,7 @@ class Entry:
         """Import the module and return the public class."""
         import importlib
 
-        return getattr(importlib.import_module(self.module), self.class_name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(self.module), self.class_name)
 
 
 def read_entry(path: Path, *, name: str, kind: str, module: str, origin: str = "gossamer") -> Entry | None:

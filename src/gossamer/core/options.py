@@ -122,8 +122,8 @@ def option(
 ) -> Any:
     """Declare an option of a :class:`Config`. All arguments must be literals: they are read without importing."""
     assert effect in EFFECTS, effect
-    keywords = dict(ge=ge, gt=gt, le=le, lt=lt, choices=choices, effect=effect, system=system, companion=companion)
-    metadata = {"help": help, **keywords}
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    metadata |= {"effect": effect, "system": system, "companion": companion}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -138,7 +138,7 @@ class Config:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        cls.specs = tuple(_spec(field) for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        cls.specs = tuple(_spec(field) for field in dataclasses.fields(cls))
 
     @classmethod
     def build(cls, options: dict[str, Any], where: str) -> Any:
@@ -164,6 +164,6 @@ def check_options(options: dict[str, Any], specs: tuple[OptionSpec, ...], where:
 
 
 def _spec(field: dataclasses.Field[Any]) -> OptionSpec:
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    default = field.default_factory() if callable(field.default_factory) else field.default
     type_ = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
     return OptionSpec(name=field.name, type=type_, default=default, **field.metadata)

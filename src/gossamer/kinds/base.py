@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from gossamer.core.options import Config
 from gossamer.core.paths import atomic_dir, write_json
 
 
-class System:
+class System(abc.ABC):
     """Base of every kind's base class.
 
     ``System(rank=4)`` or ``System(config)``. ``seed`` rules everything random that the system does; ``companions`` are
@@ -100,9 +101,9 @@ class FittedSystem(System):
         self.ready(bundle)
         return self.state
 
+    @abc.abstractmethod
     def learn(self, bundle: Any, data: Any) -> State:
         """The learning itself."""
-        raise NotImplementedError
 
     def ready(self, bundle: Any) -> None:
         """Set up for use from ``self.state`` (after fit and after load)."""
