@@ -25,7 +25,7 @@ _ROWS = (
     Kind("decoding", "processor(model) | drafter(model) | loop(model, inputs)", "tokens",
          ("ProcessorDecoding", "DrafterDecoding", "LoopDecoding"), step="decode"),
     Kind("prompting", "solve(llm, item)", "Answer"),
-    Kind("guards", "judge(item)", "Verdict", ("Guard",), step="fit"),
+    Kind("guards", "judge(item)", "Verdict", ("Guard",), option_of="fit.system"),
     Kind("editing", "edit(model, facts)", "Edit"),
     Kind("retrieval", "encode(texts) | index(documents) | rank(query, documents)", "Ranking"),
     Kind("graphs", "fit(graph) | predict(graph, nodes)", "predictions"),

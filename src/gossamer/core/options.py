@@ -11,7 +11,7 @@ without importing the system.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gossamer.core.errors import OptionError, did_you_mean
 
@@ -129,16 +129,19 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 class Config:
     """Base of every configuration: frozen, keyword-only, checked. Subclasses declare fields with :func:`option`."""
 
     specs: ClassVar[tuple[OptionSpec, ...]] = ()
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Any) -> None: ...
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        cls.specs = tuple(_spec(field) for field in dataclasses.fields(cls))
+        cls.specs = tuple(_spec(field) for field in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     @classmethod
     def build(cls, options: dict[str, Any], where: str) -> Any:

@@ -274,7 +274,7 @@ def _plain(value: Any) -> Any:
 
 def _read(kind: Any, data: Any, where: str) -> Any:
     """Build a value of the annotated type ``kind`` from JSON data."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _read_fields(kind, data, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):

@@ -15,9 +15,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from gossamer.core.errors import InputError
 
 # each one is set because generate() fills what is unset from the checkpoint's own generation_config
-GREEDY: dict[str, Any] = dict(
-    do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0
-)
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 class LineStop(StoppingCriteria):
@@ -31,7 +37,7 @@ class LineStop(StoppingCriteria):
         """input_ids [rows, prompt + new] -> bool [rows]."""
         new = input_ids[:, self.prompt_length :]
         for row, end in enumerate(self.ends):
-            if end is None and "\n" in self.tokenizer.decode(new[row], skip_special_tokens=True).lstrip():
+            if end is None and "\n" in str(self.tokenizer.decode(new[row], skip_special_tokens=True)).lstrip():
                 self.ends[row] = new.shape[1]
         return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
 
@@ -116,7 +122,8 @@ def _batch(
     stop = LineStop(tokenizer, length, len(rows))
     if stop_at_newline:
         options = {**options, "stopping_criteria": [*options.get("stopping_criteria", ()), stop]}
-    new = model.generate(**inputs, generation_config=config, **options)[:, length:].tolist()
+    generate: Any = model.generate
+    new = generate(**inputs, generation_config=config, **options)[:, length:].tolist()
     ends = set(end_ids(model, tokenizer))
     return [_text(tokenizer, tokens[:end], ends) for tokens, end in zip(new, stop.ends, strict=True)]
 

@@ -40,7 +40,7 @@ def cut_first_line(text: str) -> str:
 
 def chrf(outputs: Sequence[str], references: Sequence[str]) -> Floats:
     """Sentence chrF of each item, float64 [N] on 0..100."""
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     scorer = CHRF()
     return np.array([scorer.sentence_score(out, [ref]).score for out, ref in _pairs(outputs, references)])

@@ -21,7 +21,9 @@ from gossamer.hub.corpora._reading import HEAVY, LICENCE, LIGHT, STANDARD_LIBRAR
 __all__ = ["LICENCE", "build", "sources"]
 
 _DISTRIBUTIONS = (STANDARD_LIBRARY, *LIGHT, *HEAVY)
-_COMMON = frozenset("the a an of to in is are and or for with that this be it as by on if not when from can".split())
+_COMMON = frozenset(
+    re.findall(r"\w+", "the a an of to in is are and or for with that this be it as by on if not when from can")
+)
 _RULE = re.compile(r"^\s*([-=~^*#_+.]{3,}|[+|][-=+|\s]+|<.*>|\.\. .*|:\w[^:]*:.*|@\w+.*|\|.*)\s*$")
 _MARKS = (
     (re.compile(r"<[^>\n]{1,200}>"), ""),
@@ -30,6 +32,9 @@ _MARKS = (
     (re.compile(r"`+([^`\n]*)`+_*"), r"\1"),
     (re.compile(r"\*\*([^*\n]+)\*\*"), r"\1"),
     (re.compile(r"\[`?([^\]`\n]+)`?\]"), r"\1"),
+    (re.compile(r"(?<!\w)~\.?(?=\w)"), ""),
+    (re.compile(r"(?<!\w)\*([^*\s][^*\n]*)\*(?!\w)"), r"\1"),
+    (re.compile(r"^(TODO|NOTE|XXX|FIXME|HACK|Note)\b(\([^)]*\))?:?"), ""),
     (re.compile(r"[ \t]+"), " "),
 )
 
@@ -65,7 +70,7 @@ def paragraphs(text: str) -> Iterator[str]:
             clean = " ".join(part.split())
             for pattern, replacement in _MARKS:
                 clean = pattern.sub(replacement, clean)
-            clean = clean.strip().lstrip("-*# ")
+            clean = clean.strip().strip("-*# ")
             if _is_prose(clean):
                 yield clean
         block = []
@@ -88,7 +93,8 @@ def _texts() -> Iterator[tuple[str, str, str]]:
             description = metadata.metadata(distribution).get_payload()
         except metadata.PackageNotFoundError:
             continue
-        yield distribution.lower(), f"{distribution}/METADATA", str(description)
+        package = next((module.package for module in _reading.modules([distribution])), distribution)
+        yield package, f"{distribution}/METADATA", str(description)
 
 
 def _long_strings(tree: ast.Module) -> Iterator[str]:

@@ -320,9 +320,7 @@ def _new_model(spec: NurserySpec) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
-def _write(
-    folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, report: dict[str, Any]
-) -> None:
+def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, report: dict[str, Any]) -> None:
     """A folder that from_pretrained reads, with bfloat16 weights and training.json."""
     half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())

@@ -1,0 +1,83 @@
+"""Bundles on disk: what is written after each step so that a run can go on, and what a finished run holds.
+
+FOLDER/model/     the plain model and tokenizer, by save_pretrained (absent where it is still the original)
+FOLDER/adapter/   the attached PEFT adapter
+FOLDER/parts/     fitted systems by name
+FOLDER/bundle.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gossamer.core import registry
+from gossamer.core.bundle import Bundle
+from gossamer.core.errors import InputError
+from gossamer.core.paths import atomic_dir, write_json
+from gossamer.kinds.base import FittedSystem
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a PEFT adapter is attached."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = False) -> None:
+    """Write ``bundle`` to ``folder`` as a whole or not at all.
+
+    ``base`` is where the plain model can be loaded from where an adapter is attached; with ``keep_base`` it is copied
+    in, so that the folder stands alone.
+    """
+    with atomic_dir(folder) as path:
+        adapted = is_adapted(bundle.model)
+        if adapted:
+            bundle.model.save_pretrained(path / "adapter")
+            if keep_base and Path(base).is_dir():
+                shutil.copytree(base, path / "model")
+        else:
+            bundle.model.save_pretrained(path / "model")
+            bundle.processor.save_pretrained(path / "model")
+        for name, part in bundle.parts.items():
+            if isinstance(part, FittedSystem):
+                part.save(path / "parts" / name)
+        record = {
+            "base": None if not adapted or (path / "model").exists() else base,
+            "adapters": [_call(system) for system in bundle.adapters],
+            "parts": {name: _call(part) for name, part in bundle.parts.items()},
+            "lineage": bundle.lineage,
+        }
+        write_json(path / "bundle.json", record)
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read what :func:`save_bundle` wrote."""
+    from gossamer.hub.models import load_model
+
+    head = folder / "bundle.json"
+    if not head.exists():
+        raise InputError(str(folder), must="hold bundle.json", do="give the folder of a run")
+    record = json.loads(head.read_text(encoding="utf-8"))
+    model, processor = load_model(record["base"] or str(folder / "model"))
+    if (folder / "adapter").exists():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+    bundle = Bundle(model, processor, lineage=record["lineage"])
+    bundle.adapters = [_system(call) for call in record["adapters"]]
+    for name, call in record["parts"].items():
+        stored = folder / "parts" / name
+        bundle.parts[name] = registry.find(name).load().load(stored, bundle) if stored.exists() else _system(call)
+    return bundle
+
+
+def _call(system: Any) -> dict[str, Any]:
+    return {"name": system.name, "options": system.config.as_dict(), "seed": system.seed}
+
+
+def _system(call: dict[str, Any]) -> Any:
+    return registry.find(call["name"]).load()(seed=call["seed"], **call["options"])
