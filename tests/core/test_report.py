@@ -126,5 +126,7 @@ def test_show(number, unit, text) -> None:
 def test_show_sign_interval_and_p() -> None:
     assert show(1.5, "points", signed=True) == "+1.5"
     assert show_interval(Value(1, 0.5, 1.5, "points")) == "0.5 – 1.5"
+    assert show_interval(Value(1, 0.5, 1.5, "tokens/s")) == "0.5 – 1.5 tokens/s"
+    assert show_interval(Value(1, 9e5, 2e6, "bytes")) == "900.0 kB – 2.00 MB"
     assert show_interval(Value(1)) == ""
     assert (show_p(0.0002), show_p(0.0123), show_p(None)) == ("p < 0.001", "p = 0.012", "")

@@ -58,7 +58,7 @@ class Entry:
     options: tuple[OptionSpec, ...]
     origin: str = "gossamer"  # distribution that brings it
 
-    def load(self) -> type:
+    def load(self) -> Any:
         """Import the module and return the public class."""
         import importlib
 

@@ -122,7 +122,7 @@ def _shared_imports(source: str) -> list[Path]:
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-    found = []
+    found: list[Path] = []
     for name in sorted(names):
         if name.startswith(_SHARED):
             path = PACKAGE.joinpath(*name.split(".")[1:])

@@ -104,9 +104,8 @@ def _confirm(entry: Entry, quick: dict[str, Any], log: Callable[[str], None]) ->
     if recorded is None or recorded["code_hash"] != quick["code_hash"] or recorded["parts_hash"] == quick["parts_hash"]:
         return
     if quick["effect"] * recorded["effect"] <= 0:
-        log(
-            f"{entry.name}: the quick effect {quick['effect']:.3g} does not point as recorded ({recorded['effect']:.3g}); prove it in full"
-        )
+        effects = f"{quick['effect']:.3g}, recorded {recorded['effect']:.3g}"
+        log(f"{entry.name}: the quick effect does not point as recorded ({effects}); prove it in full")
         return
     recheck = {"date": quick["date"], "effect": quick["effect"], "parts_hash_before": recorded["parts_hash"]}
     write_json(evidence_path(entry), {**recorded, "parts_hash": quick["parts_hash"], "recheck": recheck})

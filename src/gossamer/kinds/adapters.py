@@ -35,6 +35,13 @@ class Adapter(System):
                 got=type(model).__name__,
                 do="merge or detach the adapter that it carries first",
             )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(
+                f"{self.name}.attach",
+                must="get a model without an adapter",
+                got=f"one that load_adapter gave {sorted(model.peft_config)}",  # type: ignore[arg-type]
+                do="load it again without",
+            )
         if hasattr(model, ModuleAdapter.slot):
             raise InputError(f"{self.name}.attach", must="get a model that has no adapter yet", do="detach it first")
 
@@ -48,19 +55,25 @@ class Adapter(System):
 
 
 class TunerAdapter(Adapter):
-    """An adapter that PEFT handles. A subclass gives ``peft_config(model)``; its layers may give ``lora_factors``."""
+    """An adapter that PEFT handles. A subclass gives ``peft_config(model)``.
+
+    Its PEFT config and tuner are PEFT's own, or classes made with :mod:`gossamer.parts.tuners` in the same file.
+    """
 
     @abc.abstractmethod
     def peft_config(self, model: nn.Module) -> PeftConfig:
-        """The PEFT config for this model, after checks of widths and ranks."""
+        """The PEFT config for this model. Widths and ranks are checked here, or by the tuner's ``plan``."""
 
     def attach(self, model: Any) -> PeftModel:
         from peft import get_peft_model
 
         config = self.peft_config(model)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return get_peft_model(model, config)
+            attached: Any = get_peft_model(model, config)
+        attached.gossamer_trainable = trainable
+        return attached
 
     def finish(self, result: Any, *args: Any, **kwargs: Any) -> Any:
         if not any(parameter.requires_grad for parameter in result.parameters()):
@@ -68,17 +81,31 @@ class TunerAdapter(Adapter):
         return result
 
     def detach(self, model: PeftModel) -> Any:
-        return model.unload()
+        if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+            raise InputError(
+                f"{self.name}.detach",
+                must="get an adapter that is not merged",
+                do="call unmerge_adapter() first, which restores the weights up to rounding",
+            )
+        return _as_before(model, model.unload())
 
     def merge(self, model: PeftModel) -> Any:
         """Fold the adapter into the weights and return the plain model."""
-        return model.merge_and_unload(safe_merge=True)
+        return _as_before(model, model.merge_and_unload(safe_merge=True))
 
     def export_lora(self, model: PeftModel, folder: Path) -> None:
         """Write the adapter as an ordinary PEFT LoRA checkpoint that loads without Gossamer."""
         from gossamer.parts.lora import export_lora
 
         export_lora(model, Path(folder))
+
+
+def _as_before(attached: Any, plain: Any) -> Any:
+    """Give back ``requires_grad`` as it was before :meth:`TunerAdapter.attach`; PEFT leaves everything frozen."""
+    trainable: set[str] = getattr(attached, "gossamer_trainable", set())
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    return plain
 
 
 class ModuleAdapter(Adapter):

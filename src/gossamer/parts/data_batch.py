@@ -56,13 +56,10 @@ class Collator:
         return batch
 
     def _padded(self, rows: Sequence[Sequence[float]], length: int, fill: float) -> Tensor:
-        left = self.padding_side == "left"
-        return torch.tensor(
-            [
-                [fill] * (length - len(row)) + list(row) if left else list(row) + [fill] * (length - len(row))
-                for row in rows
-            ]
-        )
+        fills = [[fill] * (length - len(row)) for row in rows]
+        if self.padding_side == "left":
+            return torch.tensor([[*pad, *row] for pad, row in zip(fills, rows, strict=True)])
+        return torch.tensor([[*row, *pad] for pad, row in zip(fills, rows, strict=True)])
 
 
 def pack(examples: Iterable[Example], max_length: int) -> list[Example]:

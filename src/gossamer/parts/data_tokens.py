@@ -17,7 +17,6 @@ sequence token that the tokenizer adds by itself is put once, unless the text al
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,16 +88,14 @@ def tokenise(
 
 def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
     """The tokens that an answer follows: exactly those that :func:`tokenise` puts before the answer in training."""
-    if isinstance(prompt, str):
-        return _encode(_Pieces([(prompt, 0.0)]), tokenizer).ids
-    text = render(prompt, tokenizer, add_generation_prompt=True)
-    return _encode(_Pieces([(text, 0.0)], templated=bool(tokenizer.chat_template)), tokenizer).ids
+    return _encode(_prompt(prompt, tokenizer), tokenizer).ids
 
 
-def encode_border(prompt: str, answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of the prompt (with bos) and of the answer after it, split at the border that inference has. No eos."""
-    prompt_ids = encode_prompt(prompt, tokenizer)
-    both = _encode(_Pieces([(prompt, 0.0), (answer, 1.0)]), tokenizer).ids
+def encode_border(prompt: Prompt, answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids of the prompt (with bos) and of the answer after it, split at the border that inference has. No end mark."""
+    asked = _prompt(prompt, tokenizer)
+    prompt_ids = _encode(asked, tokenizer).ids
+    both = _encode(_Pieces([*asked.pieces, (answer, 1.0)], asked.templated), tokenizer).ids
     return prompt_ids, both[len(prompt_ids) :]
 
 
@@ -153,7 +150,8 @@ def _encode(text: _Pieces, tokenizer: Any, *, apart: bool = False) -> _Encoded:
     begun = ids[: len(prefix)] == prefix
     if not begun and not text.templated:
         ids, weights, begun = [*prefix, *ids], [0.0] * len(prefix) + weights, True
-    return _Encoded(ids, weights, len(prefix) if begun else 0, merged)
+    kept = len(prefix) if prefix and begun else int(ids[:1] == [tokenizer.bos_token_id])
+    return _Encoded(ids, weights, kept, merged)
 
 
 def _joined(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -168,7 +166,7 @@ def _joined(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def _split_whole(texts: Sequence[str], tokenizer: Any) -> list[list[int]] | None:
-    """Ids of the joined text, cut at the borders; None if the text before a border has other ids when it stands alone."""
+    """Ids of the joined text, cut at the borders; None if what precedes a border has other ids when it stands alone."""
     whole = _ids("".join(texts), tokenizer)
     chunks, at = [], 0
     for count in range(1, len(texts)):
@@ -189,6 +187,12 @@ def _tokenise_pair(row: Row, tokenizer: Any, max_length: int, truncation: str) -
     longest = max(len(one.ids) for one in encoded)
     chosen, rejected = (_fit(one, longest, max_length, truncation, row) for one in encoded)
     return PreferencePair(chosen, rejected)
+
+
+def _prompt(prompt: Prompt, tokenizer: Any) -> _Pieces:
+    if isinstance(prompt, str):
+        return _Pieces([(prompt, 0.0)])
+    return _Pieces([(render(prompt, tokenizer, add_generation_prompt=True), 0.0)], bool(tokenizer.chat_template))
 
 
 def _answer(row: Row, answer: str, tokenizer: Any) -> _Pieces:
@@ -214,7 +218,7 @@ def _chat(row: Row, messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> _P
         at = end
     pieces.append((whole[at:], 0.0))
     last = messages[-1]
-    unmarked = not whole[at:].strip() and whole[:at].endswith(last["content"].strip())
+    unmarked = not whole[at:].strip() and whole[:at].rstrip().endswith(last["content"].strip())
     if last["role"] == "assistant" and message_weight(last) > 0 and unmarked:
         # a template without an end mark: without eos the model would never learn to stop
         pieces[-1] = (_eos(tokenizer, ""), row.weight * message_weight(last))
@@ -227,7 +231,8 @@ def _span(messages: Sequence[Mapping[str, Any]], index: int, whole: str, at: int
     content = message["content"].strip()
     answers = message["role"] == "assistant"
     before = render(messages[:index], tokenizer, add_generation_prompt=answers) if index else ""
-    start = max(at, len(os.path.commonprefix([whole, before])))
+    prompted = bool(index) and answers and whole.startswith(before)
+    start = max(at, len(before)) if prompted else at
     found = whole.find(content, start)
     if found < 0:
         do = "use a template that keeps the text of each turn, or one with {% generation %} marks"
@@ -239,7 +244,7 @@ def _span(messages: Sequence[Mapping[str, Any]], index: int, whole: str, at: int
     mark = tail.rstrip() or tail
     if whole.startswith(mark, end):
         end += len(mark)
-    return (start if answers and index else found), end
+    return (start if prompted else found), end
 
 
 def _from_marks(row: Row, tokenizer: Any) -> _Encoded | None:

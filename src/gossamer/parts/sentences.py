@@ -2,8 +2,8 @@
 
     v = sum_t m_t h_t / sum_t m_t,    e = v / ||v||
 
-with h [b, t, d] the last hidden state and m [b, t] the attention mask. Source: Reimers and Gurevych 2019 (Sentence-BERT),
-pooling as all-MiniLM-L6-v2 was trained.
+with h [b, t, d] the last hidden state and m [b, t] the attention mask. Source: Reimers and Gurevych 2019
+(Sentence-BERT); the pooling that all-MiniLM-L6-v2 was trained with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def encode_texts(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: i
     Texts beyond the tokenizer's ``model_max_length`` or the model's positions are cut. Texts of like length share a
     batch, so that padding costs little.
     """
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    limit = min(
+        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    )
     vectors = torch.zeros(len(texts), model.config.hidden_size, device=model.device)
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for start in range(0, len(order), batch_size):

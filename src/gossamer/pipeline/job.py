@@ -53,12 +53,13 @@ class Data:
 
 @dataclasses.dataclass
 class Job:
-    """One run: its recipe, folder and data. ``scratch`` is a folder of the present step, kept until it is done."""
+    """One run: its recipe, folder and data. ``scratch`` is the present step's own, removed when it is done."""
 
     recipe: Recipe
     folder: Path
     reporter: Reporter
     scratch: Path
+    base: str = ""  # where the plain model can be loaded from while an adapter is attached
 
     @functools.cached_property
     def data(self) -> Data:
@@ -110,7 +111,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
         return Data({split: part.rows for split, part in parts.items()}, about)
     from gossamer.parts.data import read_rows
 
-    rows = list(read_rows(str(config.path)))
+    rows = [row.data for row in read_rows(str(config.path))]
     splits = _split(rows, wanted)
     digest = hashlib.sha256("\n".join(_key(row) for row in rows).encode()).hexdigest()
     return Data(splits, {"name": str(config.path), "sha256": digest, "rows": len(rows)})

@@ -62,6 +62,7 @@ def load_bundle(folder: Path) -> Bundle:
     if not head.exists():
         raise InputError(str(folder), must="hold bundle.json", do="give the folder of a run")
     record = json.loads(head.read_text(encoding="utf-8"))
+    model: Any
     model, processor = load_model(record["base"] or str(folder / "model"))
     if (folder / "adapter").exists():
         from peft import PeftModel

@@ -90,7 +90,7 @@ def _texts() -> Iterator[tuple[str, str, str]]:
         yield module.package, f"{module.name}#comments", _comments(module)
     for distribution in (*LIGHT, *HEAVY):
         try:
-            description = metadata.metadata(distribution).get_payload()
+            description = metadata.metadata(distribution).json.get("description", "")
         except metadata.PackageNotFoundError:
             continue
         package = next((module.package for module in _reading.modules([distribution])), distribution)

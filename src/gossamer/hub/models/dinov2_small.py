@@ -47,7 +47,8 @@ def convert(target: Path) -> dict[str, Any]:
     state = backbone_state(*read_onnx(path))
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14, use_mask_token=False)
     # from_pretrained knows the present names of the checkpoint's modules; load_state_dict does not
-    model, loaded = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    result: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    model, loaded = result
     wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loaded[kind])
     if wrong:
         raise InputError(str(path), must="hold the backbone of DINOv2 ViT-S/14", got=f"other keys: {wrong[:4]}")

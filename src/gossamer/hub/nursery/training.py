@@ -322,9 +322,9 @@ def _new_model(spec: NurserySpec) -> LlamaForCausalLM:
 
 def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, report: dict[str, Any]) -> None:
     """A folder that from_pretrained reads, with bfloat16 weights and training.json."""
-    half = LlamaForCausalLM(model.config)
+    half = LlamaForCausalLM(model.config).bfloat16()
     half.load_state_dict(model.state_dict())
     with atomic_dir(folder) as temporary:
-        half.to(torch.bfloat16).save_pretrained(temporary)
+        half.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "training.json", report)

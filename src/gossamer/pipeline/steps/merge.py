@@ -1,0 +1,55 @@
+"""Merge: fold the attached adapter into the weights, W <- W + scaling B A, and prove that nothing else changed.
+
+The sum is taken in float32 and rounded once to the weights' own type.
+"""
+
+from __future__ import annotations
+
+from gossamer.core.bundle import Bundle
+from gossamer.core.card import Card
+from gossamer.core.options import Config, option
+from gossamer.parts.roundtrip import probe, prove_changed, prove_same
+from gossamer.pipeline.job import Job, Step
+from gossamer.pipeline.probe_texts import probe_texts
+
+CARD = Card(
+    title="Merge",
+    claim="the merged model gives the adapted model's outputs",
+    requires=("adapter_attached", "float_weights"),
+    removes=("adapter_attached",),
+    provides=("merged",),
+    builtin=True,
+)
+
+
+class MergeConfig(Config):
+    bound: float = option(
+        1e-3, "largest change of a log-probability that is taken as the same, in float32", gt=0, effect="report"
+    )
+
+
+class Merge(Step):
+    config_class = MergeConfig
+
+    def apply(self, bundle: Bundle, job: Job) -> Bundle:
+        model, tokenizer = bundle.model, bundle.processor
+        texts = probe_texts(job)
+        stored = next(parameter.dtype for name, parameter in model.named_parameters() if "base_layer" in name)
+        model.float().eval()
+        adapted = probe(model, tokenizer, texts)
+        with model.disable_adapter():
+            plain = probe(model, tokenizer, texts, like=adapted)
+        merged = bundle.adapters[-1].merge(model)
+        after = probe(merged, tokenizer, texts, like=adapted)
+        found = prove_same(adapted, after, what="merge", largest=self.config.bound, weights=False)
+        if _trained(bundle):
+            prove_changed(plain, after, what="merge")
+        self.notes = {"round_trip": found.as_dict()}
+        bundle.model = merged.to(stored)
+        bundle.model.requires_grad_(False)
+        bundle.adapters.pop()
+        return bundle
+
+
+def _trained(bundle: Bundle) -> bool:
+    return any(record["step"] == "train" for record in bundle.lineage)

@@ -1,0 +1,45 @@
+"""What a recipe step does when it names a system: the verb of its kind, on the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gossamer.core.bundle import Bundle
+from gossamer.core.kinds import KINDS
+from gossamer.core.recipe import StepCall
+from gossamer.parts.roundtrip import difference, probe
+from gossamer.pipeline.job import Job
+from gossamer.pipeline.probe_texts import probe_texts
+
+Taken = tuple[Bundle, dict[str, Any]]
+
+
+def take_system(call: StepCall, bundle: Bundle, job: Job, seed: int) -> Taken:
+    """Build the system of ``call`` and let it do its verb; returns the bundle and notes for the report."""
+    companions = job.companions if any(spec.companion for spec in call.entry.options) else {}
+    system = call.entry.load()(seed=seed, companions=companions, **call.options)
+    return _VERBS[KINDS[call.entry.kind].step](system, bundle, job)
+
+
+def _attach(system: Any, bundle: Bundle, job: Job) -> Taken:
+    bundle.model = system.attach(bundle.model)
+    bundle.adapters.append(system)
+    return bundle, {}
+
+
+def _compress(system: Any, bundle: Bundle, job: Job) -> Taken:
+    texts = probe_texts(job)
+    before = probe(bundle.model, bundle.processor, texts)
+    compressed = system.compress(bundle.model)
+    bundle.model = compressed.model
+    after = probe(bundle.model, bundle.processor, texts, like=before)
+    return bundle, {**compressed.report.values, "round_trip": difference(before, after).as_dict()}
+
+
+def _decode(system: Any, bundle: Bundle, job: Job) -> Taken:
+    bundle.parts[system.name] = system
+    return bundle, {}
+
+
+_VERBS: dict[str, Callable[[Any, Bundle, Job], Taken]] = {"attach": _attach, "compress": _compress, "decode": _decode}
