@@ -114,7 +114,7 @@ def test_generation_marks_agree_with_rendering(tokenizer: Any) -> None:
     marked = TEMPLATE.replace(
         "{{ m.content | trim }}<|end|>",
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}<|end|>{% endgeneration %}"
-        "{% else %}{{ m.content | trim }}<|end|>{% endif %}",
+        "{% else %}{{ m.content | trim }}<|end|>{% endif %}{{ '' }}",
     )
     tokenizer.chat_template = marked
     assert _one({"messages": CHAT}, tokenizer) == rendered

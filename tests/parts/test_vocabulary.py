@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,6 @@ def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _without_added(text: str, names: list[str]) -> str:
-    import json
-
     spec = json.loads(text)
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in names]
     return json.dumps(spec)

@@ -2,8 +2,9 @@
 
     y = W x + s B A dropout(x)      A: [r, d_in], Kaiming-uniform    B: [d_out, r], zero    s = alpha / r
 
-Only A and B are trained: r (d_in + d_out) numbers a layer. rsLoRA has s = alpha / sqrt(r). This is PEFT's own tuner; it is here so that recipes and
-experiments have the common baseline. "all-linear" is every linear layer of the repeated blocks.
+Only A and B are trained: r (d_in + d_out) numbers a layer. rsLoRA has s = alpha / sqrt(r). This is PEFT's own tuner;
+it is here so that recipes and experiments have the common baseline. "all-linear" is every linear layer of the
+repeated blocks.
 """
 
 from __future__ import annotations

@@ -272,13 +272,14 @@ def _check_layers(config: MoSPeftConfig, layers: dict[str, int]) -> None:
             )
     if config.layers is None:
         config.layers = layers
-    elif config.layers != layers:
-        raise InputError(
-            "mos adapter",
-            must=f"fit the model's layers {layers}",
-            got=f"one for {config.layers}",
-            do="load it into the model that it was trained on",
-        )
+    for group in sorted(set(layers) | set(config.layers)):
+        if layers.get(group, 0) != config.layers.get(group, 0):
+            raise InputError(
+                "mos: the model for this adapter",
+                must=f"have {config.layers.get(group, 0)} layers of {group}",
+                got=layers.get(group, 0),
+                do="load it into the model that it was trained on",
+            )
 
 
 register_tuner("mos", MoSPeftConfig, MoSModel)

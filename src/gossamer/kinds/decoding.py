@@ -60,7 +60,7 @@ class Decoding(System):
     _base: CachedModel | None = None
     _checked: tuple[Any, Any] | None = None
 
-    def check(self, model: Any, tokenizer: Any = None, *args: Any, **kwargs: Any) -> None:
+    def check(self, model: Any, inputs: Any = None, *, tokenizer: Any = None, **kwargs: Any) -> None:
         if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
             raise InputError(self.name, must="get a causal language model", got=type(model).__name__)
 
@@ -79,7 +79,7 @@ class Decoding(System):
     def open(self, model: Any, prompt: Sequence[int], tokenizer: Any = None) -> Any:
         """Begin a request with the token ids ``prompt``; :class:`InputError` for models that do not fit."""
         if self._checked is None or self._checked[0] is not model or self._checked[1] is not tokenizer:
-            self.check(model, tokenizer)
+            self.check(model, tokenizer=tokenizer)
             self._checked = (model, tokenizer)
         if not len(prompt):
             raise InputError(f"{self.name}.open", must="get a prompt of at least one token", got="none")
@@ -116,7 +116,8 @@ class Decoding(System):
             for inputs in _batches(tokenizer, prompts, batch_size, config.pad_token_id, model.device):
                 run = self.custom_generate(tokenizer, done.reports)
                 out = model.generate(**inputs, generation_config=config, custom_generate=run, **others)
-                for row in out[:, inputs["input_ids"].shape[1] :].tolist():
+                sequences = out if isinstance(out, Tensor) else out.sequences
+                for row in sequences[:, inputs["input_ids"].shape[1] :].tolist():
                     stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
                     done.tokens.append(row[:stop])
         if tokenizer is not None:
@@ -137,7 +138,7 @@ class ProcessorDecoding(Decoding):
         """
 
     def processor(
-        self, model: Any, tokenizer: Any = None, *, attention_mask: Tensor | None = None, beams: int = 1
+        self, model: Any, *, tokenizer: Any = None, attention_mask: Tensor | None = None, beams: int = 1
     ) -> Any:
         """A ``LogitsProcessor`` for one call of ``model.generate(..., logits_processor=[it])``.
 
@@ -294,7 +295,7 @@ class DrafterDecoding(_OwnSteps):
         """After a verification: the tokens that each state accepted, and the model's last hidden states [n, d] at the
         places that they were predicted from (only with ``needs_hidden``)."""
 
-    def drafter(self, model: Any, tokenizer: Any = None) -> Drafter:
+    def drafter(self, model: Any, *, tokenizer: Any = None) -> Drafter:
         """For a speculation engine that brings its own verification."""
         return Drafter(self, model, tokenizer)
 

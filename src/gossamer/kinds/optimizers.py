@@ -29,18 +29,8 @@ class Optimizer(System):
 
     @abc.abstractmethod
     def build(self, params: Iterable[Any]) -> torch.optim.Optimizer:
-        """The optimizer over ``params`` (parameters or parameter groups)."""
+        """The optimizer over ``params``: parameters, or groups, whose own ``weight_decay`` overrides the option's."""
 
     def callbacks(self, model: nn.Module, objective: Any) -> list[Any]:
-        """Trainer callbacks that the optimizer needs, such as curvature estimates every k steps."""
+        """Step hooks (:class:`gossamer.parts.training.StepHook`) or Trainer callbacks that the optimizer needs."""
         return []
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay, vectors (norms, biases) do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

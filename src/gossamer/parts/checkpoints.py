@@ -26,7 +26,7 @@ from gossamer.core.paths import write_json
 
 def trainable_state(model: nn.Module, heads: nn.Module | None) -> dict[str, Tensor]:
     """Trainable parameters, and the buffers of the modules that own them, by name."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for prefix, root in (("model.", model), ("objective.", heads)):
         if root is None:
             continue

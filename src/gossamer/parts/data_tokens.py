@@ -26,7 +26,7 @@ from gossamer.parts.data_rows import Row, as_row, message_weight
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 IGNORE = -100
@@ -167,6 +167,8 @@ def _joined(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
 
 def _split_whole(texts: Sequence[str], tokenizer: Any) -> list[list[int]] | None:
     """Ids of the joined text, cut at the borders; None if what precedes a border has other ids when it stands alone."""
+    if not texts:
+        return []
     whole = _ids("".join(texts), tokenizer)
     chunks, at = [], 0
     for count in range(1, len(texts)):

@@ -26,7 +26,7 @@ def lora_parameters(found: Iterable[Projection], rank: int) -> int:
 def export_lora(model: Any, folder: Path) -> None:
     """Write the active adapter of a PEFT model as a LoRA checkpoint that PEFT loads without Gossamer.
 
-    Works for PEFT's own LoRA and for every tuner whose layers have ``lora_factors(name) -> (A, B)`` and ``scaling``.
+    Works for PEFT's own LoRA and for every tuner on :class:`gossamer.parts.tuners.LowRankLayer`.
     Raises InputError for several active adapters and for adapters that are no low-rank update of linear layers.
     """
     from peft import PeftType
@@ -63,13 +63,15 @@ def _peft_lora(model: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
 def _materialised(model: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
     from peft import LoraConfig
 
+    from gossamer.parts.tuners import LowRankLayer
+
     own = model.peft_config[name]
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     transposed = False
     for path, layer in model.get_base_model().named_modules():
-        if name in getattr(layer, "scaling", {}) and hasattr(layer, "lora_factors"):
+        if isinstance(layer, LowRankLayer) and name in layer.scaling:
             a, b = (factor.detach().cpu().contiguous() for factor in layer.lora_factors(name))
             tensors[f"base_model.model.{path}.lora_A.weight"] = a
             tensors[f"base_model.model.{path}.lora_B.weight"] = b

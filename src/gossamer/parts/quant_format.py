@@ -1,9 +1,10 @@
 """The checkpoint format of quantised models, and its registration with transformers.
 
 ``config.json`` carries ``quantization_config = {"quant_method": "gossamer", "modules": {...}, "scale_dtype": ...}``:
-for each packed module its shape, bits, group and symmetry. ``from_pretrained`` puts empty packed modules in place by that
-table and fills them from the safetensors file; nothing is quantised or restored on the way, so logits after a reload
-are the same to the last bit. Without ``import gossamer`` transformers would only warn and read the bytes as floats.
+for each packed module its shape, bits, group and symmetry. ``from_pretrained`` puts empty packed modules in place by
+that table and fills them from the safetensors file; nothing is quantised or restored on the way, so logits after a
+reload are the same to the last bit. Without ``import gossamer`` transformers would only warn and read the bytes as
+floats.
 
 Importing this module registers the format; it does so once and may be repeated.
 """
@@ -59,9 +60,10 @@ def find_matrices(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[Matrix]
     would change it there. :class:`InputError` for expert stacks of a layout that is not ``[experts, out, in]``.
     """
     owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    found, left = [], {}
+    for _, owned in model.named_parameters(remove_duplicate=False):
+        owners[id(owned)] = owners.get(id(owned), 0) + 1
+    found: list[Matrix] = []
+    left: dict[str, str] = {}
     for name, weight, parameter in _candidates(model):
         word = next((word for word in skip if word in name), None)
         if word is not None:

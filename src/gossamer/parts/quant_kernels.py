@@ -2,7 +2,8 @@
 
 Two kernels, both for bfloat16 activations ``x [m, in]`` and bfloat16 scales:
 
-- int8, ``torch._weight_int8pack_mm``: one scale per output channel, codes as they are stored;
+- int8, ``torch._weight_int8pack_mm``: one scale per output channel, codes as they are stored; ``in`` a multiple of 32,
+  since the kernel reads whole vectors and runs past the end of other rows;
 - int4, ``aten::_weight_int4pack_mm_for_cpu``: ``w = (u - 8) s + z`` with codes ``u`` in 0..15 in a blocked layout of
   its own, groups of 32, 64, 128 or 256 along ``in``, ``(s, z)`` as ``[in / g, out, 2]``; ``out`` a multiple of 16.
 
@@ -35,10 +36,11 @@ class Int4(NamedTuple):
     split: bool  # depth is 2 in: high and low halves of each code
 
 
-def int8_fits(bits: int, scales: Tensor, minima: Tensor | None) -> bool:
+def int8_fits(columns: int, bits: int, scales: Tensor, minima: Tensor | None) -> bool:
     """Whether stored codes go straight to the int8 kernel: 8 bits, symmetric, one bfloat16 scale per channel."""
     return (
         bits == 8
+        and columns % 32 == 0
         and minima is None
         and scales.shape[0] > 1
         and scales.shape[1] == 1

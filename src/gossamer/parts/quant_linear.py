@@ -136,7 +136,7 @@ class QuantLinear(PackedWeight):
             self.qweight, self._int4 = pack(self.codes(), self.bits), None
 
     def _kernel_product(self, x: Tensor) -> Tensor | None:
-        if kernels.int8_fits(self.bits, self.scales, self.minima):
+        if kernels.int8_fits(self.in_features, self.bits, self.scales, self.minima):
             return kernels.int8_product(x, self.qweight.view(torch.int8), self.scales)
         return kernels.int4_product(x, self._int4) if self.lay() and self._int4 is not None else None
 

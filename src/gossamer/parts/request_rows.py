@@ -49,16 +49,17 @@ class RowStates(LogitsProcessor):
 
     def follow(self, input_ids: Tensor) -> list[Any]:
         """The states of the rows, each having accepted all of its row."""
-        rows = input_ids.tolist()
-        self.states = (
-            [self._continue(number, row) for number, row in enumerate(rows)] if self.rows else self._open(rows)
-        )
+        rows, before = input_ids.tolist(), self.states
+        found = [self._continue(number, row) for number, row in enumerate(rows)] if self.rows else self._open(rows)
+        taken = set[int]()
+        self.states = []
+        for state in found:
+            self.states.append(state.fork() if id(state) in taken else state)
+            taken.add(id(state))
+        for state in before:
+            if id(state) not in taken:
+                state.close()
         self.rows = rows
-        seen = set[int]()
-        for number, state in enumerate(self.states):
-            if id(state) in seen:
-                self.states[number] = state.fork()
-            seen.add(id(self.states[number]))
         for state, row in zip(self.states, rows, strict=True):
             self._catch_up(state, row[self.width :])
         return self.states

@@ -81,7 +81,7 @@ class CachedModel:
 
         ``keep`` says how many of the last new tokens of each row give logits (default: one).
         """
-        assert len(rows) == len(chunks) and len(set(map(id, rows))) == len(rows)
+        assert len(rows) == len(chunks) == len(set(map(id, rows))), "one chunk for each row, no row twice"
         assert all(chunks), "every row needs a new token"
         keep = keep or [1] * len(rows)
         cache, left = self._join(rows)
@@ -97,7 +97,7 @@ class CachedModel:
         self._check(out, cache)
         # a model without logits_to_keep swallows it and gives the logits of every position
         logits = out.logits if out.logits.shape[1] == len(asked) else out.logits[:, wanted]
-        self._split(rows, chunks, cache, left, past)
+        self._split(rows, chunks, cache, left)
         picks = [[place[len(chunk) - n + i] for i in range(n)] for chunk, n in zip(chunks, keep, strict=True)]
         states = out.hidden_states[-1][:, wanted] if hidden else None
         return Step(
@@ -138,15 +138,15 @@ class CachedModel:
         return cache, left
 
     def _split(
-        self, rows: Sequence[Row], chunks: Sequence[Sequence[int]], cache: DynamicCache, left: list[int], past: int
+        self, rows: Sequence[Row], chunks: Sequence[Sequence[int]], cache: DynamicCache, left: list[int]
     ) -> None:
         """Give every row its part of the cache; keep the batch where no padding came in on the right."""
-        mark = object()
+        mark, held = object(), list[Any](cache.layers)
         even = len({len(chunk) for chunk in chunks}) == 1
         for index, (row, chunk, pad) in enumerate(zip(rows, chunks, left, strict=True)):
             row.length += len(chunk)
             end = pad + row.length
-            row.layers = [(layer.keys[index, :, pad:end], layer.values[index, :, pad:end]) for layer in cache.layers]
+            row.layers = [(layer.keys[index, :, pad:end], layer.values[index, :, pad:end]) for layer in held]
             row.slot = (mark, index) if even else None
         self._batch = (mark, cache, left) if even else None
 

@@ -141,6 +141,8 @@ def train(
                 objective, model, tokenizer, validation_rows, dataclasses.replace(settings, packing=False), "validation"
             )
         checkpoint = resume_point(folder, run_identity(start, examples, objective, optimizer, settings), resume)
+        if interrupt.requested:
+            raise KeyboardInterrupt
         trainer = Loop(model, tokenizer, examples, held_out, objective, optimizer, settings, folder)
         trainer.interrupt, trainer.progress = interrupt, progress
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -151,9 +153,10 @@ def train(
 
 def _result(loop: Loop, settings: TrainSettings) -> TrainResult:
     """Totals and averages of the whole run, resumed parts included."""
-    history: list[dict[str, Any]] = loop.state.log_history
+    history: list[dict[str, Any]] = [entry for entry in loop.state.log_history if "train_runtime" not in entry]
     if loop.held_out and not any("eval_loss" in entry and entry["step"] == settings.steps for entry in history):
         loop.evaluate()
+        history.append(loop.state.log_history[-1])
     steps = [entry for entry in history if "loss" in entry]
     tail = steps[-max(1, len(steps) // 10) :]
     names = [name for name in tail[-1] if name not in ("step", "epoch", "learning_rate", "grad_norm")]
@@ -220,4 +223,7 @@ def _examples(
         if not getattr(objective, "packs", False):
             raise OptionError("train.packing", must=f"be off with {objective.name}", got=True, do="set packing: false")
         examples = pack(examples, settings.max_length)
-    return objective.prepare(model, examples, tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # what prepare computes is compared with the loss, so it runs where and in the precision that the loss does
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        return objective.prepare(model.to(device), examples, tokenizer)

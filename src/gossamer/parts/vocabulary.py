@@ -149,7 +149,7 @@ def _all_tokens(spec: dict[str, Any]) -> dict[str, int]:
 def _count(tokenizer: Any, texts: list[str]) -> Counter[int]:
     counts: Counter[int] = Counter()
     for start in range(0, len(texts), _BATCH):
-        for ids in tokenizer(texts[start : start + _BATCH])["input_ids"]:
+        for ids in tokenizer(texts[start : start + _BATCH], verbose=False)["input_ids"]:
             counts.update(ids)
     return counts
 
@@ -265,7 +265,8 @@ def _verify(old: Any, trimmed: Any, texts: list[str], old_ids: list[int]) -> Non
     new = {old_id: index for index, old_id in enumerate(old_ids)}
     for start in range(0, len(texts), _BATCH):
         batch = texts[start : start + _BATCH]
-        for text, before, after in zip(batch, old(batch)["input_ids"], trimmed(batch)["input_ids"], strict=True):
+        pair = [tokenizer(batch, verbose=False)["input_ids"] for tokenizer in (old, trimmed)]
+        for text, before, after in zip(batch, *pair, strict=True):
             if all(id_ in new for id_ in before) and [new[id_] for id_ in before] != after:
                 got = f"another tokenization of {text[:60]!r}"
                 do = "leave the vocabulary as it is for this tokenizer"

@@ -111,13 +111,11 @@ def _budget(job: Job, report: Report) -> list[BudgetLine]:
     result = arms.get(RESULT, {})
     asked = job.recipe.budget
     lines = []
-    for name, bound, metric, scale in (
-        ("size_mb", asked.size_mb, "total_bytes", 1e-6),
-        ("memory_mb", asked.memory_mb, "peak_rss_bytes", 1e-6),
-    ):
+    bytes_bounds = (("size_mb", asked.size_mb, "total_bytes"), ("memory_mb", asked.memory_mb, "peak_rss_bytes"))
+    for name, bound, metric in bytes_bounds:
         if bound is not None and metric in result:
-            value = result[metric].value * scale
-            lines.append(BudgetLine(name, bound, value, value <= bound, "MB"))
+            value = result[metric].value
+            lines.append(BudgetLine(name, bound * 1e6, value, value <= bound * 1e6, "bytes"))
     if asked.tokens_per_s is not None and "tokens_per_s" in result:
         value = result["tokens_per_s"].value
         lines.append(BudgetLine("tokens_per_s", asked.tokens_per_s, value, value >= asked.tokens_per_s, "tokens/s"))

@@ -1,0 +1,23 @@
+"""Talk with a model in the terminal; an empty line ends it."""
+
+from __future__ import annotations
+
+import typer
+
+
+def command(
+    model: str = typer.Argument(help="A name, folder, hub id or the folder of a run."),
+    new_tokens: int = typer.Option(200, "--new-tokens", help="Longest answer, in tokens."),
+    temperature: float = typer.Option(0.7, "--temperature", help="0 is greedy."),
+    seed: int = typer.Option(0, "--seed", help="For sampling."),
+) -> None:
+    from gossamer.cli._models import load_any, stream
+    from gossamer.parts.data import render
+
+    loaded, tokenizer = load_any(model)
+    messages: list[dict[str, str]] = []
+    while text := typer.prompt("you", default="", show_default=False).strip():
+        messages.append({"role": "user", "content": text})
+        prompt = render(messages, tokenizer, add_generation_prompt=True)
+        answer = stream(loaded, tokenizer, prompt, new_tokens, temperature, seed)
+        messages.append({"role": "assistant", "content": answer.strip()})
