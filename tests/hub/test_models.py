@@ -120,6 +120,10 @@ def test_a_dropped_weight_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"must hold every weight.*up_proj"):
         load_model(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-50])
+    with pytest.raises(InputError, match="whole safetensors files"):
+        load_model(tmp_path)
 
 
 def test_an_unknown_quantiser_is_refused(tmp_path: Path) -> None:

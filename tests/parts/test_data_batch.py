@@ -223,6 +223,12 @@ def test_packing_fills_rows_and_loses_nothing() -> None:
         pack(examples, 8)
 
 
+def test_first_token_of_a_segment_is_never_a_label() -> None:
+    (row,) = pack([Example([3, 4], [3, 4], [1.0, 1.0]), Example([5, 6], [5, 6], [1.0, 1.0])], 4)
+    assert row.labels == [IGNORE, 4, IGNORE, 6]
+    assert row.weights == [0.0, 1.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("build", [_llama, _gemma3, _mistral, _gpt2])

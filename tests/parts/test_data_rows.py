@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -121,6 +123,8 @@ def test_cut_parquet_empty_file_and_missing_file(tmp_path: Path) -> None:
     for name in ("e.jsonl", "e.json", "e.csv", "e.parquet"):
         (tmp_path / name).write_bytes(b"")
         assert _first(tmp_path / name).found == "an empty file"
+    (tmp_path / "e.json").write_text("[]")
+    assert _first(tmp_path / "e.json").found == "no rows"
     with pytest.raises(InputError, match=r"did you mean 'e\.jsonl'"):
         read_rows(tmp_path / "ee.jsonl")
     with pytest.raises(InputError, match="hold at least one row"):
@@ -246,5 +250,16 @@ def test_message_weights() -> None:
         )
     ]
     assert weights == [1.0, 0.0, 0.25, 0.0, 1.0, 0.5]
-    with pytest.raises(InputError, match="text: must be a string, got null"):
-        as_row({"text": None})
+
+
+def test_single_rows_name_their_place_and_survive_the_round_trip() -> None:
+    with pytest.raises(InputError, match="train row 7, text: must be a string, got null"):
+        as_row({"text": None}, file="train", number=7)
+    for row in read_rows(ROWS):
+        assert as_row(row.as_dict()).as_dict() == row.as_dict()
+    assert read_rows(ROWS)[0].as_dict()["weight"] == 0.5
+
+
+def test_rows_and_doctor_start_without_torch() -> None:
+    code = "import sys, gossamer.parts.data_doctor; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -41,7 +41,7 @@ KEPT = ["the lazy weaver sells thread", "read_file(path)", "Straße by the sea"]
 @functools.cache
 def _fallback_tokenizer() -> PreTrainedTokenizerFast:
     """Built as Gemma's: spaces become a letter, unknown characters become byte tokens, <bos> is prepended."""
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", *(f"<unused{i}>" for i in range(9))]
+    specials = ["<pad>", "<eos>", "<unk>", *(f"<unused{i}>" for i in range(9)), "<bos>", "<start_of_turn>"]
     tokens = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokens.normalizer = normalizers.Replace(" ", "▁")
     tokens.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -51,7 +51,7 @@ def _fallback_tokenizer() -> PreTrainedTokenizerFast:
     spec = _without_added(tokens.to_str(), special_bytes)
     tokens = Tokenizer.from_str(spec)
     tokens.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", specials.index("<bos>"))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokens, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
@@ -85,7 +85,7 @@ def _gemma(vocab: int) -> Gemma3ForCausalLM:
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, pad_token_id=0, eos_token_id=[1, 4], bos_token_id=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, eos_token_id=[1, 13], bos_token_id=12,
     )  # fmt: skip
     return Gemma3ForCausalLM(config).eval()
 
@@ -138,6 +138,7 @@ def test_config_and_generation_config_are_renumbered() -> None:
     assert model.config.pad_token_id == model.generation_config.pad_token_id == new
     assert model.model.embed_tokens.padding_idx == new
     assert model.generation_config.suppress_tokens == [new]
+    assert model.config.bos_token_id == result.tokenizer.bos_token_id != 12
     turn = result.tokenizer.convert_tokens_to_ids("<start_of_turn>")
     assert model.config.eos_token_id == [result.tokenizer.eos_token_id, turn]
     assert result.report.special_dropped == 8

@@ -5,11 +5,12 @@ scale per group of ``B`` weights along the input axis of ``W [out, in]`` (:mod:`
 costs ``b + 16 / B`` bits. A few outliers stretch a coarse group's range until all its other weights round to zero:
 such a matrix needs small groups, others do not. Per matrix, from ``B = in`` downwards, with ``r_B[o, g] = max |w|``:
 
-    shrink_o(B) = mean_g r_B[o, g] / mean_g r_B'[o, g]         B' the next size, B / 2 where that divides
+    shrink_o(B) = mean_g ( r_B[o, g] / mean of r_B' over the parts of g )      B' the next size, as a rule B / 2
     go on to B' while  statistic_o(shrink_o(B)) ^ (1 / log2(B / B')) > alpha,  down to min_group
 
 The statistic over channels is a quantile (0.99), the maximum or the mean. Sizes follow halvings of the row; where a
-half is no divisor or suits no kernel, the next one is the largest divisor above half of it, multiples of 32 first.
+half is no divisor or suits no kernel, the next one is the largest divisor above half of it, multiples of 32 first
+(640: 320, 160, 64, 32). Where ``B'`` does not divide ``B``, the means run over blocks of their common multiple.
 
 ``target_bpw`` lowers alpha until the matrices cost that many bits on average: the alphas at which some matrix moves on
 are sorted, and the last one that keeps the size is found by bisection. Where even ``min_group`` everywhere costs less
@@ -172,8 +173,11 @@ def group_sizes(columns: int, min_group: int, max_group: int = 0) -> list[int]:
 
 def shrink(weight: Tensor, coarse: int, fine: int, statistic: str) -> float:
     """How far ranges shrink from groups of ``coarse`` to groups of ``fine`` weights, per halving; ``[out, in]``."""
-    wide, narrow = group_ranges(weight, coarse).float().mean(1), group_ranges(weight, fine).float().mean(1)
-    ratios = torch.where(narrow > 0, wide / narrow, 1.0)
+    block = math.lcm(coarse, fine)
+    wide, narrow = (
+        group_ranges(weight, size).float().view(len(weight), -1, block // size).mean(-1) for size in (coarse, fine)
+    )
+    ratios = torch.where(narrow > 0, wide / narrow, 1.0).mean(1)
     return _STATISTICS[statistic](ratios) ** (1 / math.log2(coarse / fine))
 
 

@@ -69,7 +69,7 @@ def _named(found: Iterator[Entry]) -> dict[str, Entry]:
 @functools.cache
 def _scan() -> tuple[Entry, ...]:
     files = [*_own_files(), *_foreign_files()]
-    store = cache_dir() / "registry.pickle"
+    store = cache_dir() / "registry.json"
     remembered = _recall(store)
     table = {}
     for path, name, kind, module, origin in files:

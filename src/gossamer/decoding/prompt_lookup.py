@@ -19,6 +19,8 @@ CARD = Card(
     year=2023,
     claim="fewer model steps than tokens where answers repeat their prompt, with the very tokens of plain decoding",
     traits=("lossless",),
+    provides=("decoder_set",),
+    forbids=("decoder_set",),
     builtin=True,
 )
 

@@ -41,7 +41,8 @@ CARD = Card(
     paper="2401.08565",
     year=2024,
     claim="the base with the small pair's shift beats base and small expert and closes half of the gap to tuning it",
-    requires=("float_weights|quantised",),
+    provides=("decoder_set",),
+    forbids=("decoder_set",),
     limits="13B and 70B benchmark scores are not shown here",
 )
 
@@ -151,7 +152,7 @@ class ProxyTuning(ProcessorDecoding):
     def score(self, model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[Tensor]:
         """Log-probabilities [tokens] (nats, float32) of each answer's tokens after its prompt, per pair of texts.
 
-        An answer outside the ``top_k_access`` visible tokens has -inf. Prompts may differ between models as in decoding.
+        Tokens that ``top_k_access`` hides have -inf. Prompts may differ between models as in decoding.
         """
         scores = []
         for prompt, answer in zip(prompts, answers, strict=True):

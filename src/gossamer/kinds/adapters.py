@@ -91,6 +91,14 @@ class TunerAdapter(Adapter):
 
     def merge(self, model: PeftModel) -> Any:
         """Fold the adapter into the weights and return the plain model."""
+        for path, module in model.named_modules():
+            if hasattr(module, "merged_adapters") and not hasattr(module.get_base_layer(), "weight"):
+                raise InputError(
+                    f"{self.name}.merge",
+                    must="find a float weight",
+                    got=f"{type(module.get_base_layer()).__name__} at {path}",
+                    do="merge before the model is quantised, or keep the adapter beside it with export_lora",
+                )
         return _as_before(model, model.merge_and_unload(safe_merge=True))
 
     def export_lora(self, model: PeftModel, folder: Path) -> None:

@@ -196,6 +196,7 @@ class ProcessorDecoding(Decoding):
             own.close()
             return out
 
+        run.plain_prefill = True  # type: ignore[attr-defined]  # transformers runs the prompt: a guard may watch it
         return run
 
 
@@ -347,9 +348,10 @@ def _settings(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> tuple[G
     """Generation config and the other arguments of ``generate``."""
     given = dict(options)
     ends = given.pop("eos_token_id", None)
-    if ends is None and "eos_token_id" not in options:
-        ends = end_ids(model, tokenizer)
-    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    if ends is None:
+        named_ends = tokenizer is not None or model.generation_config.eos_token_id is not None
+        ends = end_ids(model, tokenizer) if named_ends else []
+    ends = [ends] if isinstance(ends, int) else list(ends)
     pad = getattr(tokenizer, "pad_token_id", None)
     known = set(GenerationConfig().to_dict())
     named = {**GREEDY, "pad_token_id": pad if pad is not None else (ends[0] if ends else 0)}

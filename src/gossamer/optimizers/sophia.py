@@ -34,7 +34,7 @@ from gossamer.core.card import Card
 from gossamer.core.errors import InputError
 from gossamer.core.options import Config, option
 from gossamer.kinds.optimizers import Optimizer
-from gossamer.parts.training import Autocast
+from gossamer.parts.training_loop import Autocast
 
 CARD = Card(
     title="Sophia: second-order clipped stochastic optimisation",
@@ -112,10 +112,10 @@ class SophiaOptimizer(TorchOptimizer):
             raise InputError("sophia: k", must="be at least 1", got=k)
         self.estimator, self.k, self.eps = estimator, k, eps
         self.count_wins, self.win_rate = False, math.nan
-        super().__init__(params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from ``.grad``; with ``count_wins`` set, ``win_rate`` is that of this step."""
         result = None
         if closure is not None:

@@ -81,7 +81,7 @@ def resume_point(folder: Path, identity: dict[str, Any], resume: bool) -> Path |
     for left in folder.glob(".checkpoint-*"):
         shutil.rmtree(left)
     head = folder / "run.json"
-    if resume and head.exists():
+    if resume and head.exists() and checkpoints(folder):
         known = json.loads(head.read_text(encoding="utf-8"))
         if known != identity:
             different = sorted(key for key in identity if known.get(key) != identity[key])

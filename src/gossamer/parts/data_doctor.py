@@ -28,7 +28,8 @@ class Diagnosis:
     """What was found.
 
     ``preview``: for the first rows, {"file", "row", "shape", "tokens"}, each token {"text", "weight"}, with its "id"
-    where a tokenizer was given (a preference pair shows its chosen and then its rejected answer). ``counts``: rows, rows of each shape, dropped rows, duplicates, errors, warnings, and with a tokenizer tokens,
+    where a tokenizer was given (a preference pair shows its chosen and then its rejected answer).
+    ``counts``: rows, rows of each shape, dropped rows, duplicates, errors, warnings, and with a tokenizer tokens,
     supervised tokens, sum of loss weights, rows whose prompt or answer is cut, borders tokenised apart.
     """
 

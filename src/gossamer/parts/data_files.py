@@ -116,7 +116,8 @@ def _read_file(path: Path) -> Iterator[Record | Finding]:
         empty = False
         yield item
     if empty:
-        yield Finding(str(path), None, "", "an empty file", "hold at least one row", "fill the file or leave it out")
+        found = "no rows" if path.stat().st_size else "an empty file"
+        yield Finding(str(path), None, "", found, "hold at least one row", "fill the file or leave it out")
 
 
 def _read_jsonl(path: Path) -> Iterator[Record | Finding]:

@@ -41,6 +41,10 @@ class Row:
     line: int | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The row in the schema, with its weight where it is not 1: what :func:`as_row` reads back."""
+        return dict(self.data) if self.weight == 1 else {**self.data, "weight": self.weight}
+
     def finding(self, field: str, found: str, expected: str, fix: str, severity: str = "error") -> Finding:
         return Finding(self.file, self.number, field, found, expected, fix, severity, self.line)
 
@@ -113,11 +117,14 @@ def scan(source: Source, *, limit: int | None = None) -> Rows:
     return Rows(tuple(rows), mapping, dropped, tuple(findings))
 
 
-def as_row(value: Row | Mapping[str, Any]) -> Row:
-    """One dict in the schema (or one of the known other spellings) as a checked Row; InputError if it is wrong."""
+def as_row(value: Row | Mapping[str, Any], *, file: str = "rows", number: int = 1) -> Row:
+    """One dict in the schema (or one of the known other spellings) as a checked Row.
+
+    Raises InputError, which names ``file`` and ``number``, if it is wrong.
+    """
     if isinstance(value, Row):
         return value
-    row, problems = check_record(Record(value, "rows", 1), {})
+    row, problems = check_record(Record(value, file, number), {})
     for problem in problems:
         if problem.severity == "error":
             raise problem.error()

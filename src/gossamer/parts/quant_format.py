@@ -129,6 +129,8 @@ class GossamerQuantizer(HfQuantizer):
                 here = _name_in(model, name)
                 if here is not None:
                     _put(model, here, _empty(model, here, entry, scale_dtype))
+                    # some models initialise a weight of their children by name, which a packed child has not
+                    model.get_submodule(here.rpartition(".")[0])._is_hf_initialized = True
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

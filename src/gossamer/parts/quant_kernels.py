@@ -2,8 +2,8 @@
 
 Two kernels, both for bfloat16 activations ``x [m, in]`` and bfloat16 scales:
 
-- int8, ``torch._weight_int8pack_mm``: one scale per output channel, codes as they are stored; ``in`` a multiple of 32,
-  since the kernel reads whole vectors and runs past the end of other rows;
+- int8, ``torch._weight_int8pack_mm``: one scale per output channel, codes as they are stored, but for two things that
+  crash it: ``in`` must be a multiple of 32, since it reads whole vectors, and codes and ``x`` be aligned in memory;
 - int4, ``aten::_weight_int4pack_mm_for_cpu``: ``w = (u - 8) s + z`` with codes ``u`` in 0..15 in a blocked layout of
   its own, groups of 32, 64, 128 or 256 along ``in``, ``(s, z)`` as ``[in / g, out, 2]``; ``out`` a multiple of 16.
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 _GROUPS = (256, 128, 64, 32)
+_ALIGNMENT = 64  # bytes; what torch allocates is, what was mapped from a file need not be
 _ROWS = 64  # the layout never mixes rows of different blocks of 64
 
 
@@ -47,6 +48,11 @@ def int8_fits(columns: int, bits: int, scales: Tensor, minima: Tensor | None) ->
         and scales.dtype == torch.bfloat16
         and scales.device.type == "cpu"
     )
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """``tensor`` where the int8 kernel can read it."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def int4_group(out: int, columns: int, bits: int, scales: Tensor, minima: Tensor | None) -> int | None:
@@ -105,8 +111,8 @@ def int4_product(x: Tensor, form: Int4) -> Tensor:
 
 
 def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """``x W^T`` for ``x [..., in]``, codes int8 ``[out, in]``, scales ``[out, 1]``."""
-    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), codes, scales.view(-1))
+    """``x W^T`` for ``x [..., in]``, codes int8 ``[out, in]`` :func:`aligned`, scales ``[out, 1]``."""
+    y = torch._weight_int8pack_mm(aligned(x.reshape(-1, x.shape[-1]).contiguous()), codes, scales.view(-1))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

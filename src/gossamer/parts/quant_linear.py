@@ -137,6 +137,7 @@ class QuantLinear(PackedWeight):
 
     def _kernel_product(self, x: Tensor) -> Tensor | None:
         if kernels.int8_fits(self.in_features, self.bits, self.scales, self.minima):
+            self.qweight = kernels.aligned(self.qweight)
             return kernels.int8_product(x, self.qweight.view(torch.int8), self.scales)
         return kernels.int4_product(x, self._int4) if self.lay() and self._int4 is not None else None
 

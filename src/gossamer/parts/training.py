@@ -87,8 +87,8 @@ class TrainSettings:
                             ("warmup", 0), ("eval_every", 0), ("save_every", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise OptionError(f"train.{name}", must=f"be >= {least}", got=getattr(self, name))
-        if self.warmup >= 1:
-            raise OptionError("train.warmup", must="be < 1", got=self.warmup, do="give the fraction of the steps")
+        if self.warmup > 1:
+            raise OptionError("train.warmup", must="be <= 1", got=self.warmup, do="give the fraction of the steps")
 
 
 @dataclasses.dataclass(frozen=True)

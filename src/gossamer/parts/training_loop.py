@@ -209,6 +209,7 @@ class Loop(Trainer):
             self.model.train(was_training)
         metrics = {f"eval_{name}": value / amount for name, value in sums.items()}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -51,6 +51,7 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
+        self.train(base_layer.training)
 
     @abc.abstractmethod
     def add_adapter(self, name: str, config: Any, plan: Any) -> None:
@@ -63,7 +64,8 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
 
     def added(self, name: str, *, scaling: float, dropout: float, inference_mode: bool) -> None:
         self.scaling[name] = scaling
-        self.adapter_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        # new modules are in training mode: an adapter added to a model in evaluation mode must not drop inputs
+        self.adapter_dropout[name] = (nn.Dropout(dropout) if dropout > 0 else nn.Identity()).train(self.training)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

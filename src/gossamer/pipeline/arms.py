@@ -93,7 +93,9 @@ def _render(prompt: str | list[dict[str, str]], tokenizer: Any) -> str:
         return prompt
     from gossamer.parts.data import render
 
-    return str(render(prompt, tokenizer))
+    text = render(prompt, tokenizer, add_generation_prompt=True)
+    # the tokenizer puts its own bos first
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def _perplexity(model: Any, tokenizer: Any, job: Job) -> dict[str, float]:

@@ -111,7 +111,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
         return Data({split: part.rows for split, part in parts.items()}, about)
     from gossamer.parts.data import read_rows
 
-    rows = [row.data for row in read_rows(str(config.path))]
+    rows = [row.as_dict() for row in read_rows(str(config.path))]
     splits = _split(rows, wanted)
     digest = hashlib.sha256("\n".join(_key(row) for row in rows).encode()).hexdigest()
     return Data(splits, {"name": str(config.path), "sha256": digest, "rows": len(rows)})

@@ -92,6 +92,7 @@ def load_model(
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     found = resolve(name_or_path, offline=offline)
     source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -106,7 +107,11 @@ def load_model(
         options["dtype"] = torch.float32
     if dtype != "auto":
         options["dtype"] = getattr(torch, dtype)
-    model, loaded = auto.from_pretrained(found.path, output_loading_info=True, **options)
+    try:
+        model, loaded = auto.from_pretrained(found.path, output_loading_info=True, **options)
+    except SafetensorError as error:
+        must, do = "have whole safetensors files", "copy or save the model again"
+        raise InputError(f"model {found.path}", must=must, got=str(error), do=do) from error
     # an encoder's pooler is a head of its own, which many checkpoints lack and nothing here reads
     missing = sorted(str(key) for key in loaded["missing_keys"] if "pooler" not in str(key))
     wrong = missing or sorted(str(key) for key in loaded["mismatched_keys"])
