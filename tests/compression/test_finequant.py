@@ -231,8 +231,30 @@ def test_more_bits_go_where_the_error_is() -> None:
         # one large weight in every smallest group: no group size helps this matrix
         model.model.layers[2].mlp.up_proj.weight[:, ::32] *= 4
     result = FineQuant(target_bpw=4.7).compress(model)
-    widths = {row.name: row.bits for row in result.report.rows if ".mlp." in row.name}
+    widths = {row.name: row.bits for row in result.report.rows if "up_proj" in row.name}
     assert widths.pop("model.layers.2.mlp.up_proj") > max(widths.values())
+
+
+def test_a_step_is_the_one_with_the_largest_fall_per_bit() -> None:
+    from gossamer.compression.finequant import FineQuantConfig, _plan
+    from gossamer.parts.quant_format import find_matrices
+
+    matrix = find_matrices(llama(), ("lm_head", "embed", "self_attn"))[0][-1]
+    weight = matrix.weight.detach()
+    plan = _plan(matrix, FineQuantConfig())
+
+    def error(bits: int, group: int) -> float:
+        steps = weight.view(len(weight), -1, group).abs().amax(-1) / (2 ** (bits - 1) - 1)
+        return float(steps.square().mean() / 12 / weight.square().mean())
+
+    assert plan.error(5, 1) == pytest.approx(error(5, 64), rel=1e-5)
+    # what the ranges predict is what rounding does
+    assert plan.error(4, 1) ** 0.5 == pytest.approx(relative_error(weight, _rounded(weight, 64)), rel=0.1)
+    finer = (error(4, 128) - error(4, 64)) / (16 / 64 - 16 / 128)
+    wider = error(4, 128) - error(5, 128)
+    step = plan.step(widen=True)
+    assert step is not None
+    assert step.gain == pytest.approx(max(finer, wider), rel=1e-5)
 
 
 def test_lower_alpha_never_coarsens() -> None:

@@ -7,15 +7,18 @@ import sys
 
 import pytest
 
-CHECKS = {
-    "peft": "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as table; found = 'MOS' in {str(getattr(k, 'value', k)) for k in table}",
-    "transformers.modeling_utils": (
-        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table; "
-        "from gossamer.core.registry import systems; "
-        "names = [r.split(':')[1] for e in systems().values() for r in e.card.registers if r.startswith('quantizer:')]; "
-        "found = bool(names) and all(name in table for name in names)"
-    ),
-}
+PEFT = """
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as table
+found = "MOS" in {str(getattr(key, "value", key)) for key in table}
+"""
+QUANTISERS = """
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
+from gossamer.core.registry import systems
+cards = [entry.card for entry in systems().values()]
+names = [r.split(":")[1] for card in cards for r in card.registers if r.startswith("quantizer:")]
+found = bool(names) and all(name in table for name in names)
+"""
+CHECKS = {"peft": PEFT, "transformers.modeling_utils": QUANTISERS}
 
 
 def python(code: str) -> str:
@@ -28,7 +31,7 @@ def python(code: str) -> str:
 @pytest.mark.parametrize("first", ["gossamer", "library"])
 def test_both_import_orders(library, first):
     orders = {"gossamer": f"import gossamer, {library}", "library": f"import {library}, gossamer"}
-    assert python(f"{orders[first]}; {CHECKS[library]}; print(found)") == "True"
+    assert python(f"{orders[first]}\n{CHECKS[library]}\nprint(found)") == "True"
 
 
 def test_importing_gossamer_loads_no_library():

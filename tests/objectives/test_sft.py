@@ -49,5 +49,5 @@ def test_amounts_add_up_over_micro_batches(tokenizer: Any, make_model: Any) -> N
 
 
 def test_a_preference_row_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(InputError, match="row 1: must be of the shape.*got preference"):
+    with pytest.raises(InputError, match=r"row 1: must be of the shape.*got preference"):
         SFT().examples([{"prompt": "a", "chosen": "b", "rejected": "c"}], tokenizer, max_length=8)

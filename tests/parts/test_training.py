@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gossamer.core.errors import InputError, OptionError
+from gossamer.kinds.objectives import Loss
 from gossamer.objectives.sft import SFT
 from gossamer.optimizers.adamw import AdamW
 from gossamer.optimizers.sophia import Sophia
@@ -92,7 +94,8 @@ def test_it_learns_and_reports(run: Any) -> None:
     seen: list[tuple[int, int, float]] = []
     model = tiny()
     result = run(model, steps=40, validation_rows=ROWS[:2], eval_every=20, progress=lambda *tick: seen.append(tick))
-    assert result.steps == 40 and len(result.curve) == 40
+    assert result.steps == 40
+    assert len(result.curve) == 40
     assert result.metrics["loss"] < 0.5 * result.curve[0][1]
     assert [tick[:2] for tick in seen] == [(step, 40) for step in range(1, 41)]
     assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [20, 40]
@@ -115,7 +118,8 @@ def test_a_run_that_died_ends_as_an_unbroken_one(run: Any, tmp_path: Path, wrap:
     (tmp_path / "run" / ".checkpoint-8.half").mkdir()
     result = run(resumed, **options)
     assert same(unbroken, resumed)
-    assert result.curve == expected.curve and result.tokens == expected.tokens
+    assert result.curve == expected.curve
+    assert result.tokens == expected.tokens
     assert not list((tmp_path / "run").glob(".*"))
     again = wrap(tiny())
     assert run(again, **options).curve == expected.curve, "a finished run is not trained again"
@@ -138,7 +142,8 @@ def test_a_checkpoint_cut_short_is_passed_over(run: Any, tmp_path: Path) -> None
 def test_checkpoints_hold_only_what_trains(run: Any, tmp_path: Path) -> None:
     run(lora(tiny()), steps=2, save_every=2)
     saved = load_file(tmp_path / "run" / "checkpoint-2" / "trainable.safetensors")
-    assert saved and all("lora_" in name for name in saved)
+    assert saved
+    assert all("lora_" in name for name in saved)
 
 
 def test_ctrl_c_saves_the_step_and_resumes(run: Any, tmp_path: Path) -> None:
@@ -162,7 +167,7 @@ def test_ctrl_c_saves_the_step_and_resumes(run: Any, tmp_path: Path) -> None:
 
 def test_another_run_in_the_folder_is_refused(run: Any) -> None:
     run(tiny(), steps=2, save_every=1)
-    with pytest.raises(InputError, match="other settings.*resume=False"):
+    with pytest.raises(InputError, match=r"other settings.*resume=False"):
         run(tiny(), steps=3, save_every=1)
     with pytest.raises(InputError, match="other examples"):
         run(tiny(), steps=2, save_every=1, rows=ROWS[:3])
@@ -174,11 +179,49 @@ def test_random_state_mode_and_types_are_left_alone(run: Any) -> None:
     before, start = weights(model), torch.get_rng_state()
     run(model, steps=3, precision="bf16")
     assert torch.equal(torch.get_rng_state(), start)
-    assert not model.training and model.config.use_cache
+    assert not model.training
+    assert model.config.use_cache
     assert all(p.dtype == torch.bfloat16 and p.grad is None for p in model.parameters())
     assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
     with torch.no_grad():
         assert model(torch.tensor([[2, 3]])).logits.dtype == torch.bfloat16, "its own forward is no longer patched"
+
+
+class Headed(SFT):
+    """An objective with a trainable head of its own: it learns the loss from above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(1, 1)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def modules(self, model: Any) -> Any:
+        return self.head
+
+    def loss(self, model: Any, batch: Any) -> Loss:
+        plain = super().loss(model, batch)
+        miss = (self.head(torch.ones(1, 1)) - 3.0).square().sum()
+        return Loss(plain.value + miss * self.amount(batch) / self.normaliser(batch), {"miss": float(miss)})
+
+
+def test_heads_of_the_objective_train_and_resume(tokenizer: Any, tmp_path: Path) -> None:
+    settings = TrainSettings(**{**FP32, "steps": 6, "save_every": 3, "clip": 0.0})
+
+    def go(folder: str, objective: Headed) -> Any:
+        model = tiny()
+        train(
+            model, tokenizer, ROWS, objective=objective, optimizer=AdamW(lr=0.05), settings=settings,
+            folder=tmp_path / folder,
+        )  # fmt: skip
+        return model
+
+    unbroken, resumed = Headed(), Headed()
+    model = go("run", unbroken)
+    assert unbroken.head.bias.item() > 0.1
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    assert same(model, go("run", resumed))
+    assert torch.equal(unbroken.head.bias, resumed.head.bias)
 
 
 def test_packing_reaches_the_same_kind_of_loss_in_fewer_rows(run: Any) -> None:
@@ -192,15 +235,19 @@ def test_the_schedule() -> None:
     settings = TrainSettings(steps=10, warmup=0.2, schedule="linear")
     rates = [rate_factor(step, settings) for step in range(10)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] == pytest.approx(1 / 8)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] == pytest.approx(1 / 8)
     cosine = TrainSettings(steps=10, warmup=0.0)
-    assert rate_factor(0, cosine) == 1.0 and rate_factor(5, cosine) == pytest.approx(0.5)
+    assert rate_factor(0, cosine) == 1.0
+    assert rate_factor(5, cosine) == pytest.approx(0.5)
 
 
 def test_vectors_do_not_decay() -> None:
     matrices, vectors = parameter_groups(tiny())
-    assert "weight_decay" not in matrices and all(p.ndim == 2 for p in matrices["params"])
-    assert vectors["weight_decay"] == 0.0 and all(p.ndim == 1 for p in vectors["params"])
+    assert "weight_decay" not in matrices
+    assert all(p.ndim == 2 for p in matrices["params"])
+    assert vectors["weight_decay"] == 0.0
+    assert all(p.ndim == 1 for p in vectors["params"])
 
 
 def test_refusals(run: Any) -> None:

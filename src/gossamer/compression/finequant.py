@@ -12,26 +12,30 @@ The statistic over channels is a quantile (0.99), the maximum or the mean. Sizes
 half is no divisor or suits no kernel, the next one is the largest divisor above half of it, multiples of 32 first
 (640: 320, 160, 64, 32). Where ``B'`` does not divide ``B``, the means run over blocks of their common multiple.
 
-``target_bpw`` lowers alpha until the matrices cost that many bits on average: the alphas at which some matrix moves on
-are sorted, and the last one that keeps the size is found by bisection. Where even ``min_group`` everywhere costs less
-than the target, one more bit goes to one matrix at a time, to the one whose squared relative error falls most per bit
-spent, up to 8 bits; the error of a uniform grid falls as ``1 / (2^(b-1) - 1)``.
+Under ``target_bpw`` a threshold for all steps would be wrong: halving 64 costs 16 times the bits of halving 1024 and
+is passed as easily. There the step is weighed against its bits. Rounding on a uniform grid leaves the relative error
+
+    E(b, B) = mean_(o,g) r_B[o, g]^2 / (12 (2^(b-1) - 1)^2 mean w^2)
+
+and from ``B = in`` the step with the largest fall of ``E`` per added bit per weight is taken, over all matrices, until
+the average cost is the target. Where even ``min_group`` everywhere costs less than that, one more bit for a matrix is
+a step too, up to 8. Like alpha's rule this reads ranges of weights only.
 
 Differences from the paper: the abstract and summaries leave the statistic and the threshold open, both are settled
-here; raising bits for a target is ours; experts of one stack share ``B`` (each has its own scales); the GPU kernels of
-the paper are not here, torch's CPU kernels are (:mod:`gossamer.parts.quant_kernels`).
+here; so is the rule under a target (bisecting alpha was tried, and lost to one size for all at equal bits); experts of
+one stack share ``B`` (each has its own scales); the GPU kernels of the paper are not here, torch's CPU kernels are
+(:mod:`gossamer.parts.quant_kernels`).
 """
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
 import heapq
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +49,9 @@ from gossamer.parts.quantiser import (
     MAX_BITS,
     PER_CHANNEL,
     bits_per_weight,
-    dequantise,
     group_ranges,
     largest_code,
     quantise,
-    relative_error,
     zero_share,
 )
 
@@ -102,15 +104,12 @@ class FineQuant(Compression):
         if not matrices:
             raise InputError(f"{self.name}.compress", must="find linear layers", got="none", do=f"left float: {left}")
         plans = [_plan(matrix, config) for matrix in matrices]
-        alpha = config.alpha
-        if config.target_bpw is not None:
-            alpha = _alpha_for(plans, config.target_bpw, f"{self.name}.target_bpw")
-        for plan in plans:
-            plan.level = plan.level_at(alpha)
-        if config.target_bpw is not None and all(plan.level == len(plan.sizes) - 1 for plan in plans):
-            _widen(plans, config.target_bpw)
+        if config.target_bpw is None:
+            for plan in plans:
+                plan.level = plan.level_at(config.alpha)
+        else:
+            _spend(plans, config.target_bpw, f"{self.name}.target_bpw")
         values = {
-            "alpha": alpha,
             "groups": dict(sorted(collections.Counter(plan.size for plan in plans).items())),
             "widths": dict(sorted(collections.Counter(plan.bits for plan in plans).items())),
             "collapse_per_channel": [plan.matrix.name for plan in plans if plan.fragile],
@@ -118,6 +117,13 @@ class FineQuant(Compression):
         choices = [Choice(plan.matrix, Packing(plan.bits, plan.size), plan.note()) for plan in plans]
         del plans, matrices
         return pack_model(model, choices, left, config.dtype, values)
+
+
+class _Step(NamedTuple):
+    gain: float  # fall of the error per bit
+    cost: float  # bits of a weight
+    bits: int
+    level: int
 
 
 @dataclasses.dataclass
@@ -128,6 +134,7 @@ class _Plan:
     bits: int
     sizes: list[int]  # from coarse to fine
     shrinks: list[float]  # statistic per halving, of each step to the next size
+    ranges: list[float]  # mean r_B^2 / mean w^2 at each size
     fragile: bool  # rounded per channel it would collapse
     level: int = 0
 
@@ -139,10 +146,23 @@ class _Plan:
     def weights(self) -> int:
         return self.matrix.weight.numel()
 
-    def cost(self, level: int | None = None) -> float:
-        """Bits of the whole matrix."""
-        size = self.sizes[self.level if level is None else level]
-        return self.weights * bits_per_weight(self.bits, size, self.matrix.columns)
+    def cost(self, bits: int, level: int) -> float:
+        """Bits of a weight, scales included."""
+        return bits_per_weight(bits, self.sizes[level], self.matrix.columns)
+
+    def error(self, bits: int, level: int) -> float:
+        """``E(b, B)``."""
+        return self.ranges[level] / (12 * largest_code(bits) ** 2)
+
+    def step(self, widen: bool) -> _Step | None:
+        """The step from here whose fall of the error per bit is largest."""
+        ways = [(self.bits, self.level + 1)] if self.level + 1 < len(self.sizes) else []
+        ways += [(self.bits + 1, self.level)] if widen and self.bits < MAX_BITS else []
+        here, error = self.cost(self.bits, self.level), self.error(self.bits, self.level)
+        steps = [
+            _Step((error - self.error(*way)) / (self.cost(*way) - here), self.cost(*way) - here, *way) for way in ways
+        ]
+        return max(steps, default=None)
 
     def level_at(self, alpha: float) -> int:
         """The first size whose step to the next shrinks the ranges by no more than ``alpha``."""
@@ -186,55 +206,37 @@ def _plan(matrix: Matrix, config: Any) -> _Plan:
     sizes = group_sizes(matrix.columns, config.min_group, config.max_group)
     shrinks = [shrink(weight, a, b, config.statistic) for a, b in itertools.pairwise(sizes)]
     fragile = zero_share(quantise(weight, config.bits, PER_CHANNEL).codes) > COLLAPSE
-    return _Plan(matrix, config.bits, sizes, shrinks, fragile)
+    power = float(weight.float().square().mean()) or 1.0
+    ranges = [float(group_ranges(weight, size).float().square().mean()) / power for size in sizes]
+    return _Plan(matrix, config.bits, sizes, shrinks, ranges, fragile)
 
 
-def _alpha_for(plans: list[_Plan], target: float, where: str) -> float:
-    """The smallest alpha at which the average size is at most ``target``."""
+def _spend(plans: list[_Plan], target: float, where: str) -> None:
+    """Take the steps that lower the errors most per bit while the average size stays at or below ``target``."""
     total = sum(plan.weights for plan in plans)
+    least, finest = (
+        sum(plan.weights * plan.cost(plan.bits, level * (len(plan.sizes) - 1)) for plan in plans) for level in (0, 1)
+    )
+    left, widen = target * total - least, finest <= target * total
+    if left < 0:
+        do = "raise it, or lower bits"
+        raise OptionError(where, must=f"be at least {least / total:.3f} with these bits", got=target, do=do)
+    queue: list[tuple[float, int, _Step]] = []
 
-    def size_at(alpha: float) -> float:
-        return sum(plan.cost(plan.level_at(alpha)) for plan in plans) / total
+    def offer(index: int) -> None:
+        step = plans[index].step(widen)
+        if step is not None:
+            heapq.heappush(queue, (-step.gain, index, step))
 
-    alphas = sorted({0.0, *(value for plan in plans for value in plan.shrinks)})
-    # size_at falls as alpha rises, so its negative is sorted
-    index = bisect.bisect_left(alphas, -target, key=lambda alpha: -size_at(alpha))
-    if index == len(alphas):
-        least, most = size_at(alphas[-1]), MAX_BITS
-        raise OptionError(
-            where, must=f"be at least {least:.3f} with these bits", got=target, do=f"lower bits (2 to {most})"
-        )
-    return alphas[index]
-
-
-def _widen(plans: list[_Plan], target: float) -> None:
-    """Give single bits to matrices, the largest fall of squared relative error per bit first, up to ``target``."""
-    total = sum(plan.weights for plan in plans)
-    left = target * total - sum(plan.cost() for plan in plans)
-    errors = [_error(plan) for plan in plans]
-    queue = [(-_gain(plan, error), index) for index, (plan, error) in enumerate(zip(plans, errors, strict=True))]
-    heapq.heapify(queue)
+    for index in range(len(plans)):
+        offer(index)
     while queue:
-        _, index = heapq.heappop(queue)
+        _, index, step = heapq.heappop(queue)
         plan = plans[index]
-        if plan.bits == MAX_BITS or plan.weights > left:
-            continue
-        left -= plan.weights
-        errors[index] *= largest_code(plan.bits) / largest_code(plan.bits + 1)
-        plan.bits += 1
-        heapq.heappush(queue, (-_gain(plan, errors[index]), index))
-
-
-def _gain(plan: _Plan, error: float) -> float:
-    if plan.bits == MAX_BITS:
-        return 0.0
-    ratio = largest_code(plan.bits) / largest_code(plan.bits + 1)
-    return error**2 * (1 - ratio**2) / plan.weights
-
-
-def _error(plan: _Plan) -> float:
-    weight = plan.matrix.weight.detach().reshape(-1, plan.matrix.columns)
-    return relative_error(weight, dequantise(quantise(weight, plan.bits, plan.size), torch.float32))
+        if step.cost * plan.weights <= left:
+            left -= step.cost * plan.weights
+            plan.bits, plan.level = step.bits, step.level
+            offer(index)
 
 
 def _divisors(number: int) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from gossamer.core.errors import GossamerError
 
 _MESSAGES = ({"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."})
+_LENGTH = 64
 _VOCABULARY = 1024  # log-probabilities kept per position: the most probable ones at the first look
 
 
@@ -43,9 +44,14 @@ class Difference:
         return {key: round(value, 6) for key, value in dataclasses.asdict(self).items()}
 
 
-def probe(model: Any, tokenizer: Any, texts: Sequence[str], *, like: Probe | None = None, length: int = 64) -> Probe:
-    """Record the model on ``texts`` (cut to ``length`` tokens), on the tokens and columns of ``like`` where given."""
-    ids = like.ids if like else [_encode(tokenizer, text)[:length] for text in texts]
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """The first :data:`_LENGTH` tokens of a text, int64 [t]."""
+    return torch.tensor(tokenizer(text)["input_ids"][:_LENGTH])
+
+
+def probe(model: Any, tokenizer: Any, texts: Sequence[str], *, like: Probe | None = None) -> Probe:
+    """Record the model on ``texts`` (their beginnings), on the tokens and columns of ``like`` where given."""
+    ids = like.ids if like else [encode(tokenizer, text) for text in texts]
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -116,10 +122,6 @@ def _same_weights(before: Probe, after: Probe, what: str) -> None:
     if lost or new or moved:
         got = f"lost {lost[:3]}, new {new[:3]}, other shape {moved[:3]}"
         raise GossamerError(f"{what}: weights", must="be the ones that were there", got=got, do="do not use the result")
-
-
-def _encode(tokenizer: Any, text: str) -> Tensor:
-    return torch.tensor(tokenizer(text)["input_ids"])
 
 
 def _render(tokenizer: Any) -> str:

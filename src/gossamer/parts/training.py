@@ -133,14 +133,17 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _kept_state(model), Interrupt() as interrupt:
-        start = fingerprint(model)
-        examples = _examples(objective, model, tokenizer, rows, settings, "rows")
-        held_out = []
-        if validation_rows:
-            held_out = _examples(
-                objective, model, tokenizer, validation_rows, dataclasses.replace(settings, packing=False), "validation"
-            )
-        checkpoint = resume_point(folder, run_identity(start, examples, objective, optimizer, settings), resume)
+        examples = _examples(objective, tokenizer, rows, settings, "rows")
+        unpacked = dataclasses.replace(settings, packing=False)
+        held_out = _examples(objective, tokenizer, validation_rows, unpacked, "validation") if validation_rows else []
+        identity = run_identity(fingerprint(model), examples, objective, optimizer, settings)
+        checkpoint = resume_point(folder, identity, resume)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # what prepare computes is compared with the loss, so it runs where and in the precision that the loss does
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            model.to(device)
+            examples = objective.prepare(model, examples, tokenizer)
+            held_out = objective.prepare(model, held_out, tokenizer) if held_out else []
         if interrupt.requested:
             raise KeyboardInterrupt
         trainer = Loop(model, tokenizer, examples, held_out, objective, optimizer, settings, folder)
@@ -214,16 +217,13 @@ def _check_model(model: Any) -> None:
 
 
 def _examples(
-    objective: ObjectiveLike, model: Any, tokenizer: Any, rows: Sequence[Any], settings: TrainSettings, what: str
+    objective: ObjectiveLike, tokenizer: Any, rows: Sequence[Any], settings: TrainSettings, what: str
 ) -> list[Any]:
     if len(rows) == 0:
         raise InputError(f"train: {what}", must="hold at least one row", got=0)
     examples = objective.examples(rows, tokenizer, max_length=settings.max_length)
-    if settings.packing:
-        if not getattr(objective, "packs", False):
-            raise OptionError("train.packing", must=f"be off with {objective.name}", got=True, do="set packing: false")
-        examples = pack(examples, settings.max_length)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # what prepare computes is compared with the loss, so it runs where and in the precision that the loss does
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        return objective.prepare(model.to(device), examples, tokenizer)
+    if not settings.packing:
+        return examples
+    if not getattr(objective, "packs", False):
+        raise OptionError("train.packing", must=f"be off with {objective.name}", got=True, do="set packing: false")
+    return pack(examples, settings.max_length)

@@ -41,7 +41,7 @@ def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = Fa
                 shutil.copytree(base, path / "model")
         else:
             bundle.model.save_pretrained(path / "model")
-            bundle.processor.save_pretrained(path / "model")
+            _save_processor(bundle.processor, path / "model")
         for name, part in bundle.parts.items():
             if isinstance(part, FittedSystem):
                 part.save(path / "parts" / name)
@@ -74,6 +74,13 @@ def load_bundle(folder: Path) -> Bundle:
         stored = folder / "parts" / name
         bundle.parts[name] = registry.find(name).load().load(stored, bundle) if stored.exists() else _system(call)
     return bundle
+
+
+def _save_processor(processor: Any, folder: Path) -> None:
+    """Without the marks of where it was loaded from, so that a reloaded one is written as the same bytes."""
+    for mark in ("is_local", "local_files_only"):
+        getattr(processor, "init_kwargs", {}).pop(mark, None)
+    processor.save_pretrained(folder)
 
 
 def _call(system: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ The sum is taken in float32 and rounded once to the weights' own type.
 
 from __future__ import annotations
 
+import torch
+
 from gossamer.core.bundle import Bundle
 from gossamer.core.card import Card
 from gossamer.core.options import Config, option
@@ -35,7 +37,7 @@ class Merge(Step):
         model, tokenizer = bundle.model, bundle.processor
         texts = probe_texts(job)
         stored = next(parameter.dtype for name, parameter in model.named_parameters() if "base_layer" in name)
-        model.float().eval()
+        _cast(model.eval(), torch.float32)
         adapted = probe(model, tokenizer, texts)
         with model.disable_adapter():
             plain = probe(model, tokenizer, texts, like=adapted)
@@ -45,10 +47,16 @@ class Merge(Step):
         if _trained(bundle):
             prove_changed(plain, after, what="merge")
         self.notes = {"round_trip": found.as_dict()}
-        bundle.model = merged.to(stored)
-        bundle.model.requires_grad_(False)
+        _cast(merged, stored)
+        bundle.model = merged.requires_grad_(False)
         bundle.adapters.pop()
         return bundle
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: rotary frequencies and other buffers keep the type that from_pretrained gives them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _trained(bundle: Bundle) -> bool:

@@ -8,7 +8,7 @@ from gossamer.core.bundle import Bundle
 from gossamer.core.card import Card
 from gossamer.core.errors import GossamerError
 from gossamer.core.options import Config, option
-from gossamer.parts.roundtrip import probe, prove_same
+from gossamer.parts.roundtrip import encode, probe, prove_same
 from gossamer.pipeline.job import Job, Step
 from gossamer.pipeline.probe_texts import probe_texts
 from gossamer.pipeline.stage import load_bundle
@@ -29,8 +29,8 @@ class Reload(Step):
         before = probe(bundle.model, bundle.processor, texts)
         read = load_bundle(job.folder / RESULT)
         read.lineage = bundle.lineage
-        again = probe(read.model, read.processor, texts)
-        prove_same_tokens(before.ids, again.ids)
+        again = probe(read.model, read.processor, texts, like=before)
+        prove_same_tokens(before.ids, [encode(read.processor, text) for text in texts])
         self.notes = {"round_trip": prove_same(before, again, what="reload", largest=self.config.bound).as_dict()}
         return read
 

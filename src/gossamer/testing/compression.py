@@ -1,0 +1,125 @@
+"""Laws of compression: the report counts the bytes that are held, the saved folder loads bit for bit, it is smaller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core import registry
+from gossamer.core.card import Entry
+from gossamer.kinds.compression import CompressionReport, held_bytes
+from gossamer.testing.bench import Bench, output
+from gossamer.testing.laws import base_options, build
+from gossamer.testing.running import law
+
+KEPT = ("data",)
+GROUPS = (0, 128, 64, 32, 16)  # of the naive baseline
+
+
+def subject(system: Any, bench: Bench) -> dict[str, Any]:
+    return {"model": bench.model(), "data": [bench.inputs(), bench.inputs(rows=2)]}
+
+
+def outcome(system: Any, subject: dict[str, Any]) -> Any:
+    done = system.compress(subject["model"], subject["data"])
+    return {"output": _logits(done.model, subject["data"][0]), "bytes": done.report.bytes_after}
+
+
+def bad_inputs(system: Any, bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from peft import LoraConfig, get_peft_model
+
+    given = subject(system, bench)
+    done = system.compress(given["model"], given["data"]).model
+    yield "a model that is compressed already", lambda: system.compress(done, given["data"])
+    adapted = get_peft_model(bench.model(), LoraConfig(r=2, target_modules="all-linear"))
+    yield "a model with an adapter", lambda: system.compress(adapted, given["data"])
+    broken = bench.model()
+    with torch.no_grad():
+        next(broken.parameters()).view(-1)[0] = math.nan
+    yield "a model with a weight that is no number", lambda: system.compress(broken, given["data"])
+
+
+def reloaded(system: Any, bench: Bench, folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    given = subject(system, bench)
+    done = system.compress(given["model"], given["data"]).model
+    done.save_pretrained(str(folder))
+    again: Any = AutoModelForCausalLM.from_pretrained(str(folder))
+    found = [{"output": _logits(model, given["data"][0]), "bytes": held_bytes(model)} for model in (done, again)]
+    return found[0], found[1]
+
+
+@law()
+def check_the_report_counts_held_bytes(entry: Entry, bench: Bench) -> None:
+    """``bytes_before`` and ``bytes_after`` are those of parameters and buffers, counted here again."""
+    system = build(entry, bench, base_options(entry, bench))
+    given = subject(system, bench)
+    before = held_bytes(given["model"])
+    done = system.compress(given["model"], given["data"])
+    found = (done.report.bytes_before, done.report.bytes_after)
+    held = (before, held_bytes(done.model))
+    assert found == held, f"the report says {found[0]} and {found[1]} bytes, the model holds {held[0]} and {held[1]}"
+
+
+@law()
+def check_it_is_smaller(entry: Entry, bench: Bench) -> None:
+    """Fewer bytes are held than before."""
+    system = build(entry, bench, base_options(entry, bench))
+    given = subject(system, bench)
+    before = held_bytes(given["model"])
+    after = held_bytes(system.compress(given["model"], given["data"]).model)
+    assert after < before, f"{before} bytes became {after}"
+
+
+@law(trait="budgeted")
+def check_its_error_is_at_most_roundings(entry: Entry, bench: Bench) -> None:
+    """At equal bits, the weights' error is at most that of rounding with one group size that costs no more.
+
+    The weights have outliers in a few places, as real ones do.
+    """
+    system = build(entry, bench, base_options(entry, bench))
+    bits = getattr(system.config, "bits", None)
+    assert bits is not None, "a budgeted system has an option `bits`"
+    mine = system.compress(_with_outliers(bench), bench.inputs()).report
+    rounding = registry.find("rounding", kind="compression").load()
+    rivals = [rounding(bits=bits, group=group).compress(_with_outliers(bench)).report for group in GROUPS]
+    affordable = [report for report in rivals if _size(report) <= _size(mine) * (1 + 1e-6)]
+    assert affordable, f"it costs {_size(mine):.3f} bits a weight, less than any rounding at {bits} bits"
+    least = min(map(_error, affordable))
+    assert _error(mine) <= least * (1 + 1e-6), (
+        f"error {_error(mine):.5f} at {_size(mine):.3f} bits a weight, where rounding has {least:.5f}"
+    )
+
+
+def _with_outliers(bench: Bench) -> Any:
+    model = bench.model()
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for module in list(model.modules())[::2]:
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                places = torch.randint(module.weight.numel(), (24,), generator=generator)
+                module.weight.view(-1)[places] *= 12.0
+    return model
+
+
+def _size(report: CompressionReport) -> float:
+    weights = [math.prod(row.shape) for row in report.rows]
+    return sum(n * row.bits_per_weight for n, row in zip(weights, report.rows, strict=True)) / sum(weights)
+
+
+def _error(report: CompressionReport) -> float:
+    """Root mean square of the matrices' relative errors, by their number of weights."""
+    weights = [math.prod(row.shape) for row in report.rows]
+    total = sum(n * row.error**2 for n, row in zip(weights, report.rows, strict=True))
+    return math.sqrt(total / sum(weights))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return output(model.eval(), inputs)

@@ -1,0 +1,117 @@
+"""The command line: exit codes, JSON, errors in one line, and the recipes of the repository."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def gossamer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from gossamer.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_list_is_json_with_evidence():
+    done = gossamer("list", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert {"mos", "dpo", "sophia", "finequant", "proxy_tuning", "toxicdetector"} <= set(rows)
+    for row in rows.values():
+        assert {"name", "kind", "title", "paper", "claim", "evidence"} <= set(row)
+        assert row["evidence"]["status"] in ("shown", "not_shown", "stale", "recheck", "none")
+        assert {"status", "date", "device"} == set(row["evidence"])
+    assert not any(row["builtin"] for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["lst"], 2, "did you mean 'list'?"),
+        (["show", "moss"], 2, "did you mean 'mos'?"),
+        (["list", "--kind", "adaptors"], 2, "did you mean 'adapters'?"),
+        (["check", "nothing.yaml"], 2, "must be a recipe file"),
+        (["run"], 2, "a recipe or --resume"),
+        (["run", "--resume", "/nonexistent"], 2, "must be the folder of a run"),
+        (["prove", "lora"], 2, "a baseline without a claim"),
+        (["eval", "no-such-model", "nofile.jsonl"], 2, "no-such-model"),
+    ],
+)
+def test_wrong_use_is_one_line_and_code_2(arguments, code, words):
+    done = gossamer(*arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_check_refuses_quickly(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: gemma-3-270m\nsead: 1\nsteps: []\n")
+    start = time.perf_counter()
+    done = gossamer("check", str(path))
+    assert time.perf_counter() - start < 1
+    assert (done.returncode, "did you mean 'seed'?" in done.stderr) == (2, True)
+    path.write_text("model: gemma-3-270m\nsteps:\n- finequant: {}\n- train: {}\n")
+    done = gossamer("check", str(path))
+    assert done.returncode == 2
+    assert "an order that works: train -> finequant" in done.stderr
+
+
+def test_check_of_data_names_the_place(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n')
+    done = gossamer("check", str(path), "--json")
+    assert done.returncode == 2
+    (finding,) = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "error"]
+    assert (finding["row"], finding["field"]) == (2, "completion")
+
+
+def test_check_previews_what_carries_loss(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "What is it?", "completion": " A test."}\n')
+    done = gossamer("check", str(path), "--model", "llama-7m", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["preview"]
+    assert "".join(t["text"] for t in row["tokens"] if t["weight"]).startswith(" A test.")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_at_tiny_size(recipe, rows_path, tmp_path):
+    settings = {
+        "model": "llama-7m",
+        "data": f"{{path: {rows_path}, test: 3, validation: 3}}",
+        "steps.train.steps": 2,
+        "measure.new_tokens": 4,
+        "measure.rounds": 1,
+    }
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    done = gossamer("run", str(recipe), "--out", str(tmp_path / "run"), "--json", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["arms"][-1]["name"] == "result"
+
+
+def test_generate_and_export(rows_path, tmp_path):
+    run = tmp_path / "run"
+    done = gossamer("train", "llama-7m", rows_path, "--adapter", "mos", "--steps", "2", "--out", str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = gossamer("generate", str(run), "The function", "--new-tokens", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    done = gossamer("export", str(run), "--out", str(tmp_path / "lora"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert gossamer("export", str(run / "nothing")).returncode == 2
+
+
+def test_doctor():
+    done = gossamer("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"gemma-3-270m", "all-minilm-l6-v2", "dinov2-small"} <= set(found["models"])
+    assert found["machine"]["cores"] >= 1
