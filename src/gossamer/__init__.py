@@ -34,9 +34,6 @@ _LAZY = {
     "compress": ("gossamer.pipeline.single", "compress"),
 }
 
-hook.install()
-
-
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
@@ -48,3 +45,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+hook.install()

@@ -9,7 +9,7 @@ import pytest
 from gossamer.core.errors import InputError
 from gossamer.testing import check_system
 
-ADAPTER = '''"""Shifts: a learnt vector is added to the output of each block, y = block(x) + gain * v, with v zero at first."""
+ADAPTER = '''"""Shifts: a learnt vector, zero at first, joins the output of each block, y = block(x) + gain * v."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gossamer.core.options import Config, option
 from gossamer.kinds.adapters import ModuleAdapter
 from gossamer.parts.hidden_states import decoder_blocks
 
-CARD = Card(title="Shifts", claim="trains little", traits=("identity_at_init",), provides=("adapter_attached",), builtin=True)
+CARD = Card(title="Shifts", claim="trains little", traits=("identity_at_init",), builtin=True)
 
 
 class ShiftConfig(Config):
@@ -84,6 +84,7 @@ from __future__ import annotations
 import torch
 
 from gossamer.core.card import Card
+from gossamer.core.errors import InputError
 from gossamer.core.options import Config
 from gossamer.kinds.compression import Compressed, Compression, CompressionReport, held_bytes
 
@@ -99,14 +100,14 @@ class Halves(Compression):
 
     def check(self, model, data=None):
         super().check(model, data)
-        if model.dtype == torch.bfloat16:
-            from gossamer.core.errors import InputError
-
-            raise InputError("halves", must="get float32 weights", got="bfloat16")
+        if hasattr(model, "halved"):
+            raise InputError("halves", must="get float32 weights", got="halves")
 
     def compress(self, model, data=None):
         before = held_bytes(model)
-        model = model.to(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        model.halved = True
         return Compressed(model, CompressionReport(before, held_bytes(model)))
 '''
 
@@ -179,9 +180,10 @@ def test_the_sound_system_passes(name: str, tmp_path: Path) -> None:
 
 BROKEN = [
     ("shift", 'title="Shifts"', 'title=""', "check_card_is_complete"),
-    ("shift", "provides=(\"adapter_attached\",)", "provides=(\"adapter_atached\",)", "check_card_is_complete"),
+    ("shift", "builtin=True", "provides=('adapter_atached',), builtin=True", "check_card_is_complete"),
+    ("shift", "builtin=True", "registers=('peft:shift',), builtin=True", "check_card_is_complete"),
     ("shift", "moved = self.config.gain * vector", "moved = vector", "check_no_option_is_inert"),
-    ("shift", "config_class = ShiftConfig\n", "config_class = ShiftConfig\n    name = 'other'\n", "check_options_refuse"),
+    ("shift", "config_class = ShiftConfig", "config_class, name = ShiftConfig, 'other'", "check_options_refuse"),
     ("shift", "torch.zeros(width)", "torch.ones(width)", "check_identity_at_start"),
     ("shift", "    def hook(self, model, modules):\n",
      "    def hook(self, model, modules):\n        model.get_input_embeddings().weight.requires_grad_(True)\n",
@@ -200,7 +202,9 @@ BROKEN = [
      "check_batch_order_does_not_matter|check_accumulation_equals_one_batch"),
     ("halves", "CompressionReport(before, held_bytes(model))", "CompressionReport(before, held_bytes(model) // 2)",
      "check_the_report_counts_held_bytes"),
-    ("halves", "model = model.to(torch.bfloat16)", "model = model.to(torch.bfloat16).float()", "check_it_is_smaller"),
+    ("halves", ".bfloat16()", ".bfloat16().float()", "check_it_is_smaller"),
+    ("halves", "model.halved = True", "model.to(torch.bfloat16).halved = True", "check_save_and_load_give_the_same"),
+    ("halves", 'if hasattr(model, "halved")', "if False", "check_bad_input_is_refused"),
     ("momentum", "lr=self.config.lr,", "lr=self.config.lr * (1 + torch.initial_seed() % 7),",
      "check_same_seed_same_result"),
     ("momentum", "momentum=self.config.momentum)", "momentum=self.config.momentum, maximize=True)",
@@ -212,13 +216,14 @@ BROKEN = [
     ("repeat", "    def draft(self", "    def _verify(self, state, tokens, probs, logits):\n"
      "        return super()._verify(state, tokens, probs, logits.roll(1, -1))\n\n    def draft(self",
      "check_greedy_tokens_are_the_models_own"),
-    ("repeat", "    def draft(self", "    def step(self, model, states):\n"
-     "        return [out[:1] for out in super().step(model, states)]\n\n    def draft(self",
-     "check_greedy_tokens_are_the_models_own|check_batch_equals_single"),
+    ("repeat", "    def draft(self", "    def step(self, model, states):\n        self.company = len(states) - 1\n"
+     "        return super().step(model, states)\n\n    def _verify(self, state, tokens, probs, logits):\n"
+     "        return super()._verify(state, tokens, probs, logits.roll(self.company, -1))\n\n    def draft(self",
+     "check_batch_equals_single|check_requests_join_and_leave|check_greedy_tokens_are_the_models_own"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "line", "broken", "law"), BROKEN, ids=[f"{b[0]}-{n}" for n, b in enumerate(BROKEN)])
+@pytest.mark.parametrize(("name", "line", "broken", "law"), BROKEN, ids=[f"{b[0]}-{b[3]}" for b in BROKEN])
 def test_one_broken_line_is_reported_by_its_law(name: str, line: str, broken: str, law: str, tmp_path: Path) -> None:
     source = SOUND[name]
     assert source.count(line) == 1

@@ -37,3 +37,8 @@ def test_both_import_orders(library, first):
 def test_importing_gossamer_loads_no_library():
     heavy = python("import sys, gossamer; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])")
     assert heavy == "[]"
+
+
+@pytest.mark.parametrize("module", ["gossamer.parts.tuners", "gossamer.parts.quant_format", "gossamer.adapters.mos"])
+def test_a_module_of_gossamer_may_be_what_imports_the_library(module):
+    assert python(f"import {module}\nimport peft\n{PEFT}\nprint(found)") == "True"

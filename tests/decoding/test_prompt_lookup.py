@@ -34,7 +34,7 @@ def drafted(ids: list[int], **options: Any) -> list[int]:
     return list(system.draft([state], system.draft_tokens)[0].tokens)
 
 
-def test_it_drafts_what_followed_the_latest_occurrence_of_the_longest_suffix() -> None:
+def test_it_drafts_what_followed_the_latest_occurrence_of_the_longest_ngram() -> None:
     assert drafted([1, 2, 3, 9, 5, 3, 8, 1, 2, 3], tokens=3) == [9, 5, 3]
     assert drafted([1, 2, 3, 9, 5, 3, 8, 1, 2, 3], ngram=1, tokens=2) == [8, 1]
     assert drafted([4, 4], tokens=2) == [4]
@@ -56,3 +56,17 @@ def test_greedy_text_is_the_models_own_also_past_a_sliding_window_in_fewer_steps
     assert steps < 60
     inputs = {"input_ids": torch.tensor([ids])}
     assert system.generate(model, None, inputs, max_new_tokens=60).tokens == [plain]
+
+
+def test_more_tokens_a_draft_take_fewer_steps_of_the_model_where_text_repeats() -> None:
+    torch.manual_seed(0)
+    model, ids = llama(), [5, 6, 7, 8, 9, 5, 6, 7, 8]
+    count = {}
+    for tokens in (1, 10):
+        system = PromptLookup(tokens=tokens)
+        state = system.open(model, ids)
+        count[tokens] = 0
+        while len(state.tokens) < 100:
+            system.step(model, [state])
+            count[tokens] += 1
+    assert count[10] < count[1] < 100

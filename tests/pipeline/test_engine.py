@@ -143,6 +143,7 @@ def test_a_full_disk_while_saving_leaves_nothing_under_the_name(rows_path, tmp_p
     from transformers import PreTrainedModel
 
     def full(self, folder, **kwargs):
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -2,16 +2,17 @@
 
 ``import gossamer`` installs a finder that waits for the libraries named in :data:`TRIGGERS`. When one has been imported
 (or already is), the systems whose card ``registers`` something there are imported; importing them registers them.
+Where a module of Gossamer itself is what imports the library, this waits until that module is whole.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 # what a card's `registers` begins with -> the module after whose import it is registered
@@ -20,6 +21,7 @@ TRIGGERS = {
     "quantizer": "transformers.modeling_utils",
     "auto": "transformers.models.auto.modeling_auto",
 }
+_OWN = "gossamer."
 
 
 def install() -> None:
@@ -43,36 +45,31 @@ def register(trigger: str) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the trigger modules as usual, with a loader that registers after execution."""
+    """Finds the watched modules as usual and follows their execution."""
 
     def __init__(self) -> None:
-        self._busy: set[str] = set()
+        self._depth = 0  # modules of Gossamer under execution
+        self._waiting: list[str] = []  # libraries that came meanwhile
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in TRIGGERS.values() or fullname in self._busy:
+        if not fullname.startswith(_OWN) and fullname not in TRIGGERS.values():
             return None
-        self._busy.add(fullname)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._busy.discard(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, fullname)
+            execute = functools.partial(self._execute, fullname, spec.loader.exec_module)
+            spec.loader.exec_module = execute  # type: ignore[method-assign]
         return spec
 
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, trigger: str) -> None:
-        self._loader, self._trigger = loader, trigger
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        register(self._trigger)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._loader, name)  # resource readers, get_source ...
+    def _execute(self, name: str, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        own = name.startswith(_OWN)
+        self._depth += own
+        try:
+            execute(module)
+        finally:
+            self._depth -= own
+        if not own:
+            self._waiting.append(name)
+        while self._waiting and not self._depth:
+            register(self._waiting.pop())

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gossamer.core.card import Entry
 from gossamer.kinds.adapters import ModuleAdapter, TunerAdapter
 from gossamer.testing.bench import Bench, output
-from gossamer.testing.laws import base_options, build, differs, frozen
+from gossamer.testing.comparison import differs, frozen
+from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
 
 LAYERS = 8  # sharing between layers needs some

@@ -302,7 +302,7 @@ def _llava(layers: int) -> Any:
     )  # fmt: skip
     text = transformers.LlamaConfig(**{**_text(layers), "vocab_size": VOCABULARY + 1})
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, vision_feature_layer=-2
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, vision_feature_layer=-1
     )
     return transformers.LlavaForConditionalGeneration(config)
 

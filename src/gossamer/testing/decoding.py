@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gossamer.core.card import Entry
 from gossamer.testing.bench import Bench
-from gossamer.testing.laws import base_options, build, differs
+from gossamer.testing.comparison import differs
+from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
 
 KEPT = ("model", "tokenizer", "prompts")

@@ -14,7 +14,8 @@ from gossamer.core.bundle import Bundle
 from gossamer.core.card import Entry
 from gossamer.core.errors import UsageError
 from gossamer.testing.bench import BENIGN, PROMPTS, TOXIC, Bench
-from gossamer.testing.laws import base_options, build, differs
+from gossamer.testing.comparison import differs
+from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
 
 KEPT = ("model", "tokenizer", "rows")

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import importlib
 import random
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from gossamer.core.card import TRAITS, Entry
 from gossamer.core.errors import OptionError, UsageError, did_you_mean
@@ -34,6 +33,7 @@ from gossamer.core.hook import TRIGGERS
 from gossamer.core.options import EFFECTS, OptionSpec
 from gossamer.core.registry import PACKAGE
 from gossamer.testing.bench import FAMILIES, Bench
+from gossamer.testing.comparison import differs, frozen
 from gossamer.testing.running import harness, law
 
 TESTS = PACKAGE.parent.parent / "tests"
@@ -145,12 +145,16 @@ def check_inputs_and_global_state_are_untouched(entry: Entry, bench: Bench) -> N
         return
     system = build(entry, bench, base_options(entry, bench))
     subject = module.subject(system, bench)
-    before, world = {name: frozen(subject[name]) for name in module.KEPT}, _world()
-    module.outcome(system, subject)
+    before = {name: frozen(subject[name]) for name in module.KEPT}
+    # a state that no earlier use can have left behind, or setting a seed would go unseen
+    with _generators(time.time_ns() % 2**31):
+        world = _world()
+        module.outcome(system, subject)
+        after = _world()
     for name in module.KEPT:
         difference = differs(before[name], frozen(subject[name]))
         assert not difference, f"{name} is changed: {difference}"
-    difference = differs(world, _world())
+    difference = differs(world, after)
     assert not difference, f"global state is changed: {difference}"
 
 
@@ -225,64 +229,6 @@ def _usable(entry: Entry, bench: Bench) -> dict[str, Any]:
                 run(entry, bench, options)
                 return options
     raise refusal
-
-
-def differs(one: Any, other: Any, *, atol: float = 0.0, where: str = "") -> str:
-    """Where two outcomes differ, in words; empty where they are the same. ``atol`` is relative to the largest value."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return f"{where or 'tensor'} {tuple(one.shape)} {one.dtype} against {tuple(other.shape)} {other.dtype}"
-        if torch.equal(one, other) or not one.numel():
-            return ""
-        gap = (one.double() - other.double()).abs().nan_to_num(posinf=float("inf")).max().item()
-        scale = max(1.0, other.double().abs().nan_to_num().max().item())
-        same_nan = torch.equal(one.isnan(), other.isnan())
-        return (
-            ""
-            if same_nan and gap <= atol * scale
-            else f"{where or 'tensor'} by up to {gap:.3g} (values up to {scale:.3g})"
-        )
-    if isinstance(one, dict) and isinstance(other, dict):
-        if one.keys() != other.keys():
-            return f"{where} has {sorted(map(str, one.keys() ^ other.keys()))} on one side"
-        pairs = [(one[key], other[key], f"{where}.{key}".lstrip(".")) for key in one]
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if len(one) != len(other):
-            return f"{where} has {len(one)} against {len(other)} items"
-        pairs = [(a, b, f"{where}[{place}]") for place, (a, b) in enumerate(zip(one, other, strict=True))]
-    elif isinstance(one, float) and isinstance(other, float):
-        close = one == other or abs(one - other) <= atol * max(1.0, abs(other)) or (one != one and other != other)
-        return "" if close else f"{where} {one!r} against {other!r}"
-    else:
-        return "" if one == other else f"{where} {one!r:.80} against {other!r:.80}"
-    return next((found for a, b, place in pairs if (found := differs(a, b, atol=atol, where=place))), "")
-
-
-def frozen(value: Any) -> Any:
-    """A copy of ``value`` that later changes do not reach: of a model its tensors, modes and config."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, nn.Module):
-        config: Any = getattr(value, "config", None)
-        generation: Any = getattr(value, "generation_config", None)
-        return {
-            "tensors": {name: tensor.detach().clone() for name, tensor in value.state_dict().items()},
-            "trained": {name: parameter.requires_grad for name, parameter in value.named_parameters()},
-            "gradients": {name: parameter.grad is not None for name, parameter in value.named_parameters()},
-            "training": [name for name, module in value.named_modules() if module.training],
-            "config": config.to_dict() if hasattr(config, "to_dict") else {},
-            "generation": generation.to_dict() if hasattr(generation, "to_dict") else {},
-        }
-    if hasattr(value, "padding_side"):
-        kept = ("padding_side", "truncation_side", "pad_token", "bos_token", "eos_token", "chat_template")
-        return {name: getattr(value, name) for name in kept} | {"core": value.backend_tokenizer.to_str()}
-    if hasattr(value, "to_dict"):
-        return copy.deepcopy(value.to_dict())
-    if isinstance(value, dict):
-        return {key: frozen(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [frozen(item) for item in value]
-    return copy.deepcopy(value)
 
 
 def _moves(entry: Entry, bench: Bench, spec: OptionSpec, base: dict[str, Any], tried: dict[str, Any]) -> bool:

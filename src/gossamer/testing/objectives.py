@@ -16,7 +16,8 @@ from torch import Tensor
 from gossamer.core.card import Entry
 from gossamer.kinds.objectives import select_rows
 from gossamer.testing.bench import ROWS, Bench, repad
-from gossamer.testing.laws import base_options, build, differs
+from gossamer.testing.comparison import differs
+from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
 
 KEPT = ("model", "batch", "rows", "tokenizer")

@@ -14,7 +14,8 @@ from gossamer.core import registry
 from gossamer.core.card import Entry
 from gossamer.parts.training import parameter_groups
 from gossamer.testing.bench import Bench
-from gossamer.testing.laws import base_options, build, differs
+from gossamer.testing.comparison import differs
+from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
 
 KEPT = ("batch", "config")

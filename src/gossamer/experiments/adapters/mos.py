@@ -57,7 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mos_without_vector_sharding": {"system": "mos", "rank": 8, "budget": 2, "private": 1, "shards": 1},
     "mos_without_shard_privatization": {"system": "mos", "rank": 8, "budget": 2, "private": 0, "shards": 4},
 }
-RATES = (2e-3, 6e-3, 2e-2)
+RATES = (1e-3, 3e-3, 1e-2)
 _LENGTH = 96
 _BATCH = 8
 
@@ -82,6 +82,7 @@ def conclude(results: Results) -> Conclusion:
     loss = {arm: results.mean(arm, "test_loss") for arm in ARMS}
     effect, low, high = results.paired("mos", "lora_r2", "test_loss")
     sharing, sharing_low, _ = results.paired("pure_sharing", "mos", "test_loss")
+    rates = {arm: results.mean(arm, "rate") for arm in ARMS if arm != "untouched"}
     won = loss["lora_r2"] - loss["mos"]
     closed = {arm: _share(won, loss["lora_r2"] - loss[arm]) for arm in ("lora_r8", "lora_r16")}
     other = ("untouched", "lora_r8", "lora_r16")
@@ -124,6 +125,7 @@ def conclude(results: Results) -> Conclusion:
         notes=(
             f"untouched model: {loss['untouched']:.4f}; MoS rank 4: {loss['mos_r4']:.4f}; "
             f"LoRA rank 8: {loss['lora_r8']:.4f}, rank 16: {loss['lora_r16']:.4f}",
+            f"learning rates of {RATES}, by arm: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()),
             "rank 16 needs more layers than 8 at this budget; 7B scores and memory with many adapters are not measured",
         ),
     )
