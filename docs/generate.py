@@ -69,13 +69,9 @@ def filled(text: str, blocks: Mapping[str, str], left: str, right: str, gap: str
     """``text`` with each block that it marks put in; the end mark keeps its indentation."""
     for name, block in blocks.items():
         marks = re.escape(left.format(name)) + r"\n(?:.*\n)*?([ ]*)" + re.escape(right.format(name)) + r"$"
-        made = left.format(name) + gap + block + gap
-        text = re.sub(
-            marks,
-            lambda match, made=made, name=name: made + match.group(1) + right.format(name),
-            text,
-            flags=re.MULTILINE,
-        )
+        if match := re.search(marks, text, flags=re.MULTILINE):
+            made = left.format(name) + gap + block + gap + match.group(1) + right.format(name)
+            text = text[: match.start()] + made + text[match.end() :]
     return text
 
 
@@ -229,12 +225,8 @@ def _evidence(entry: Entry) -> Iterator[str]:
     yield _arms(found["figures"])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     seeds = ", ".join(map(str, found["seeds"]))
-    yield (
-        _escape(
-            f"Measured on {found['date']}, {found['device']}, seeds {seeds}, {found['seconds']:.0f} s in all; {versions}."
-        )
-        + f" Again: `gossamer prove {entry.name}`."
-    )
+    how = f"Measured on {found['date']}, {found['device']}, seeds {seeds}, {found['seconds']:.0f} s in all; {versions}."
+    yield f"{_escape(how)} Again: `gossamer prove {entry.name}`."
 
 
 def _arms(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

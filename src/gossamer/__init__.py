@@ -34,6 +34,7 @@ _LAZY = {
     "compress": ("gossamer.pipeline.single", "compress"),
 }
 
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'gossamer' has no attribute {name!r}")

@@ -101,7 +101,7 @@ def packed_mask(
     back = order[:, None] - order[None, :]
     # padding sees padding, so that no query is left without any key
     full = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (back >= 0)
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     masks: dict[str, Tensor] = {}
     for kind in sorted(set(kinds or ["full_attention" if window is None else "sliding_attention"])):

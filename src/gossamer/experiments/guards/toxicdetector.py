@@ -18,6 +18,10 @@ with few samples. The claim is decided on look-alikes and wrapped prompts togeth
 Smaller than the paper: a 270M base model, 690 prompts from templates instead of two collections, three concepts a
 scenario from the shipped lists (Algorithm 1 with an LLM is covered by tests), 60 epochs instead of 100. The vocabulary
 is trimmed to the prompts, which changes no hidden state, and makes the perplexities those of the trimmed vocabulary.
+
+The wrappers were revised once after results had been seen: of the first five, four ended in words of their own, and a
+quick pass flagged every harmless prompt inside them; now three of five end with the prompt itself. That favours
+methods that read the last token, and the figures on wrapped prompts are to be read with it in mind.
 """
 
 from __future__ import annotations
