@@ -376,11 +376,3 @@ def test_an_adapter_must_be_merged_first() -> None:
     tuned = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(InputError, match=r"without an adapter.*merge it first"):
         FineQuant().compress(tuned)
-
-
-def test_rounding_says_which_divisor_it_used() -> None:
-    rows = Rounding(bits=4, group=48).compress(llama()).report.rows
-    assert {(row.shape[1], row.group, row.note) for row in rows} == {
-        (64, 32, "48 does not divide 64: 32 used"),
-        (128, 32, "48 does not divide 128: 32 used"),
-    }

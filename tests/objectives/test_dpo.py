@@ -77,7 +77,7 @@ def test_the_first_loss_is_ln_2_exactly(tokenizer: Any, make_model: Any) -> None
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
 
 
-def test_precomputed_and_live_references_agree(tokenizer: Any, make_model: Any) -> None:
+def test_precompute_ref_and_live_references_agree(tokenizer: Any, make_model: Any) -> None:
     model, reference = make_model(0), make_model(1)
     options = {"reference": "model", "reference_model": "r", "companions": {"r": reference}}
     live, once = (DPO(precompute_ref=flag, **options) for flag in (False, True))

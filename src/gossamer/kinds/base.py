@@ -128,7 +128,7 @@ class FittedSystem(System):
             )
 
     @classmethod
-    def load(cls, folder: Path, bundle: Any) -> Self:
+    def load(cls, folder: Path, bundle: Any, companions: Mapping[str, Any] | None = None) -> Self:
         """Read a saved state; :class:`InputError` when it was fitted for another model."""
         from safetensors.torch import load_file
 
@@ -140,7 +140,7 @@ class FittedSystem(System):
                 str(folder), must="hold state.json and state.safetensors", do="give a folder that save() wrote"
             )
         meta = json.loads(head.read_text(encoding="utf-8"))
-        system = cls(cls.config_class.build(meta["options"], str(head)), seed=meta["seed"])
+        system = cls(cls.config_class.build(meta["options"], str(head)), seed=meta["seed"], companions=companions)
         if meta["fingerprint"] != fingerprint(bundle.model):
             raise InputError(
                 f"{folder}: state of {meta['system']}",

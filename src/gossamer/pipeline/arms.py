@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gossamer.core.bundle import Bundle
 from gossamer.core.errors import InputError
 from gossamer.core.paths import write_json
 from gossamer.pipeline.job import Job, Row
@@ -30,16 +31,16 @@ def read_arm(job: Job, name: str) -> dict[str, Any]:
     return json.loads(arm_path(job, name).read_text(encoding="utf-8"))
 
 
-def measure_arm(model: Any, tokenizer: Any, job: Job, config: Any, name: str, *, shots: int = 0) -> None:
+def measure_arm(bundle: Bundle, job: Job, config: Any, name: str, *, shots: int = 0) -> None:
     """Measure task and perplexity as far as ``config.quantities`` asks for them; nothing when it is done already."""
     if arm_path(job, name).exists():
         return
     start = time.perf_counter()
     record: dict[str, Any] = {"name": name, "label": LABELS.get(name, name), "shots": shots, "values": {}, "scores": {}}
     if "task" in config.quantities and is_task(job.data["test"]):
-        record |= _task(model, tokenizer, job, config, name, shots)
+        record |= _task(bundle, job, config, name, shots)
     if "perplexity" in config.quantities and shots == 0:
-        record["values"] |= _perplexity(model, tokenizer, job)
+        record["values"] |= _perplexity(bundle.model, bundle.processor, job)
     record["seconds"] = round(time.perf_counter() - start, 1)
     write_json(arm_path(job, name), record)
 
@@ -59,22 +60,27 @@ def prompt_and_answer(row: Row) -> tuple[str | list[dict[str, str]], str]:
     return row["prompt"], row["completion"] if "completion" in row else row["chosen"]
 
 
-def _task(model: Any, tokenizer: Any, job: Job, config: Any, name: str, shots: int) -> dict[str, Any]:
+def _task(bundle: Bundle, job: Job, config: Any, name: str, shots: int) -> dict[str, Any]:
+    from gossamer.kinds.decoding import Decoding
     from gossamer.parts.generation import few_shot_prompt, generate_texts
     from gossamer.parts.metrics import cut_first_line, score_texts
 
+    tokenizer = bundle.processor
+    decoders = [part for part in bundle.parts.values() if isinstance(part, Decoding)]
+    ways: dict[str, Any] = {"custom_generate": decoders[-1].custom_generate(tokenizer)} if decoders else {}
     pairs = [prompt_and_answer(row) for row in job.data["test"]]
     prompts = [_render(prompt, tokenizer) for prompt, _ in pairs]
     if shots:
         examples = [(_render(prompt, tokenizer), answer.rstrip("\n")) for prompt, answer in _examples(job, shots)]
         prompts = [few_shot_prompt(examples, prompt) for prompt in prompts]
     outputs = generate_texts(
-        model,
+        bundle.model,
         tokenizer,
         prompts,
         max_new_tokens=config.new_tokens,
         batch_size=config.batch_size,
         progress=job.reporter.task(f"answers, {LABELS.get(name, name)}"),
+        **ways,
     )
     references = [answer for _, answer in pairs]
     scores = {metric: values.round(3).tolist() for metric, values in score_texts(outputs, references).items()}

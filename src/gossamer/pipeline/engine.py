@@ -90,7 +90,7 @@ class _Run:
         if not any(step.name == "save" for step in self.recipe.steps):
             save_bundle(bundle, self.folder / RESULT, base=self.job.base, keep_base=True)
         if measured is not None:
-            measure_arm(bundle.model, bundle.processor, self.job, measured, RESULT)
+            measure_arm(bundle, self.job, measured, RESULT)
             del bundle
             gc.collect()
             measure_costs(self.job, measured)
@@ -114,9 +114,7 @@ class _Run:
             return
         bundle = self._original()
         for name in names:
-            measure_arm(
-                bundle.model, bundle.processor, self.job, config, name, shots=config.few_shot * (name == FEW_SHOT)
-            )
+            measure_arm(bundle, self.job, config, name, shots=config.few_shot * (name == FEW_SHOT))
 
     def _original(self) -> Bundle:
         from gossamer.hub.models import load_model
@@ -133,7 +131,7 @@ class _Run:
         self.reporter.note(f"going on after step {len(self.done)} ({self.done[-1]['step']})")
         for record in self.done:
             self.job.base = self._base_after(record)
-        return load_bundle(self._stage(len(self.done) - 1))
+        return load_bundle(self._stage(len(self.done) - 1), lambda: self.job.companions)
 
     def _take(self, index: int, bundle: Bundle) -> Bundle:
         call = self.recipe.steps[index]

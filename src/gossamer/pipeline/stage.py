@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from gossamer.core.bundle import Bundle
 from gossamer.core.errors import InputError
 from gossamer.core.paths import atomic_dir, write_json
 from gossamer.kinds.base import FittedSystem
+
+Companions = Callable[[], Mapping[str, Any]]
 
 
 def is_adapted(model: Any) -> bool:
@@ -36,7 +39,8 @@ def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = Fa
     with atomic_dir(folder) as path:
         adapted = is_adapted(bundle.model)
         if adapted:
-            bundle.model.save_pretrained(path / "adapter")
+            # the base, whatever was done to its vocabulary, is kept apart
+            bundle.model.save_pretrained(path / "adapter", save_embedding_layers=False)
             if keep_base and Path(base).is_dir():
                 shutil.copytree(base, path / "model")
         else:
@@ -54,8 +58,8 @@ def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = Fa
         write_json(path / "bundle.json", record)
 
 
-def load_bundle(folder: Path) -> Bundle:
-    """Read what :func:`save_bundle` wrote."""
+def load_bundle(folder: Path, companions: Companions = dict) -> Bundle:
+    """Read what :func:`save_bundle` wrote; ``companions`` gives the further models that its systems name."""
     from gossamer.hub.models import load_model
 
     head = folder / "bundle.json"
@@ -69,10 +73,13 @@ def load_bundle(folder: Path) -> Bundle:
 
         model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
     bundle = Bundle(model, processor, lineage=record["lineage"])
-    bundle.adapters = [_system(call) for call in record["adapters"]]
+    bundle.adapters = [_system(call, companions) for call in record["adapters"]]
     for name, call in record["parts"].items():
         stored = folder / "parts" / name
-        bundle.parts[name] = registry.find(name).load().load(stored, bundle) if stored.exists() else _system(call)
+        if stored.exists():
+            bundle.parts[name] = registry.find(name).load().load(stored, bundle, _named(call, companions))
+        else:
+            bundle.parts[name] = _system(call, companions)
     return bundle
 
 
@@ -87,5 +94,11 @@ def _call(system: Any) -> dict[str, Any]:
     return {"name": system.name, "options": system.config.as_dict(), "seed": system.seed}
 
 
-def _system(call: dict[str, Any]) -> Any:
-    return registry.find(call["name"]).load()(seed=call["seed"], **call["options"])
+def _system(call: dict[str, Any], companions: Companions) -> Any:
+    named = _named(call, companions)
+    return registry.find(call["name"]).load()(seed=call["seed"], companions=named, **call["options"])
+
+
+def _named(call: dict[str, Any], companions: Companions) -> Mapping[str, Any]:
+    """The companions, loaded only where the system has an option that names one."""
+    return companions() if any(spec.companion for spec in registry.find(call["name"]).options) else {}

@@ -33,5 +33,5 @@ class Measure(Step):
     config_class = MeasureConfig
 
     def apply(self, bundle: Bundle, job: Job) -> Bundle:
-        measure_arm(bundle.model, bundle.processor, job, self.config, self.config.arm)
+        measure_arm(bundle, job, self.config, self.config.arm)
         return bundle

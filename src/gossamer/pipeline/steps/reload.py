@@ -27,7 +27,7 @@ class Reload(Step):
     def apply(self, bundle: Bundle, job: Job) -> Bundle:
         texts = probe_texts(job)
         before = probe(bundle.model, bundle.processor, texts)
-        read = load_bundle(job.folder / RESULT)
+        read = load_bundle(job.folder / RESULT, lambda: job.companions)
         read.lineage = bundle.lineage
         again = probe(read.model, read.processor, texts, like=before)
         prove_same_tokens(before.ids, [encode(read.processor, text) for text in texts])
