@@ -248,8 +248,10 @@ def _own_weights(module: torch.nn.Module, seen: set[int], counts: dict[str, Any]
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     new = [(name, tensor) for name, tensor in own if id(tensor) not in seen]
     seen.update(id(tensor) for _, tensor in own)
-    counts["bytes"] += sum(tensor.nbytes for _, tensor in new)
     logical = getattr(module, "logical_weight_count", None)
+    # packed weights may lie in a kernel's layout outside of the buffers; what they save is what they are counted as
+    held = list(module.state_dict().values()) if logical is not None else [tensor for _, tensor in new]
+    counts["bytes"] += sum(tensor.nbytes for tensor in held)
     weights = [
         (tensor.numel(), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
         for name, tensor in new

@@ -65,7 +65,7 @@ class Train(Step):
             progress=lambda step, total, loss: tick(step, total),
         )
         curve = [(float(step), round(float(loss), 4)) for step, loss in result.curve]
-        self.notes = {"loss": [curve[0][1], curve[-1][1]], "trained_tokens": result.tokens, "curve": curve}
+        self.notes = {"training_loss": [curve[0][1], curve[-1][1]], "trained_tokens": result.tokens, "curve": curve}
         bundle.model.eval()
         return bundle
 
