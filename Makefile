@@ -32,7 +32,7 @@ lint: .venv/tested
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 docs: .venv/documented
 	$(BIN)/python docs/generate.py

@@ -40,7 +40,6 @@ def test_list_is_json_with_evidence():
         (["run"], 2, "a recipe or --resume"),
         (["run", "--resume", "/nonexistent"], 2, "must be the folder of a run"),
         (["prove", "lora"], 2, "a baseline without a claim"),
-        (["eval", "no-such-model", "nofile.jsonl"], 2, "no-such-model"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(arguments, code, words):
@@ -48,6 +47,14 @@ def test_wrong_use_is_one_line_and_code_2(arguments, code, words):
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_not_there_is_met_with_each_place_tried(rows_path, tmp_path):
+    done = gossamer("eval", "gemma-3-270", rows_path, "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    for words in ("local folder: no gemma-3-270", "packaged models: not among", "did you mean 'gemma-3-270m'?"):
+        assert words in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_refuses_quickly(tmp_path):

@@ -122,12 +122,15 @@ def test_killed_runs_end_alike(unbroken, rows_path, tmp_path, place, target):
 
 def test_control_c_leaves_a_resumable_run(unbroken, rows_path, tmp_path):
     folder = tmp_path / "stopped"
-    code = (
-        "import sys, json; from gossamer.pipeline import engine; engine.run(json.loads(sys.argv[1]), out=sys.argv[2])"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(recipe(rows_path)), str(folder)], stderr=subprocess.PIPE
-    )
+    # a shell that runs the tests in the background would hand down an ignored SIGINT
+    code = """
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from gossamer.pipeline.engine import run
+run(json.loads(sys.argv[1]), out=sys.argv[2])
+"""
+    command = [sys.executable, "-c", code, json.dumps(recipe(rows_path)), str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (folder / "state.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

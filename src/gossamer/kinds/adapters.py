@@ -157,3 +157,25 @@ class ModuleAdapter(Adapter):
             state = {name: tensor.contiguous() for name, tensor in getattr(model, self.slot).state_dict().items()}
             save_file(state, path / "adapter.safetensors")
             write_json(path / "adapter.json", {"system": self.name, "options": self.config.as_dict()})
+
+    def load(self, model: Any, folder: Path) -> Any:
+        """Attach to ``model`` with the weights that :meth:`save` wrote; :class:`InputError` where they do not fit."""
+        from safetensors.torch import load_file
+
+        attached = self.attach(model)
+        own = getattr(attached, self.slot)
+        state, shapes = load_file(Path(folder) / "adapter.safetensors"), _shapes(own.state_dict())
+        if _shapes(state) != shapes:
+            self.detach(attached)
+            raise InputError(
+                f"{self.name}: {folder}",
+                must=f"hold the {len(shapes)} tensors of this adapter on this model",
+                got=f"{len(state)}, some of other names or shapes",
+                do="load it with the options and the model that it was saved with",
+            )
+        own.load_state_dict(state)
+        return attached
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}

@@ -28,6 +28,7 @@ from gossamer.core.kinds import KINDS
 from gossamer.core.paths import atomic_file, write_json
 from gossamer.core.recipe import Recipe, StepCall, read_recipe, resolved
 from gossamer.core.report import Report
+from gossamer.hub.models import load_model, resolve
 from gossamer.pipeline.arms import FEW_SHOT, RESULT, UNTOUCHED, is_task, measure_arm
 from gossamer.pipeline.costs import measure_costs
 from gossamer.pipeline.job import Job, Reporter, Silent
@@ -45,6 +46,7 @@ def run(
 ) -> Report:
     """Check a recipe as a whole, run it in a new folder ``out`` and return its report."""
     checked = read_recipe(recipe, overrides)
+    resolve(checked.model)  # a model that is not there is met before a folder is made
     folder = Path(out) if out is not None else _free_folder(recipe)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(
@@ -117,14 +119,10 @@ class _Run:
             measure_arm(bundle, self.job, config, name, shots=config.few_shot * (name == FEW_SHOT))
 
     def _original(self) -> Bundle:
-        from gossamer.hub.models import load_model
-
         return Bundle(*load_model(self.recipe.model))
 
     def _start(self) -> Bundle:
         """The original model, or the bundle after the last step that was finished."""
-        from gossamer.hub.models import resolve
-
         self.job.base = str(resolve(self.recipe.model).path)
         if not self.done:
             return self._original()

@@ -18,16 +18,17 @@ from gossamer.core import registry
 from gossamer.core.bundle import Bundle
 from gossamer.core.errors import InputError
 from gossamer.core.paths import atomic_dir, write_json
+from gossamer.kinds.adapters import ModuleAdapter
 from gossamer.kinds.base import FittedSystem
 
 Companions = Callable[[], Mapping[str, Any]]
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether a PEFT adapter is attached."""
+    """Whether an adapter is attached: PEFT's, or one of hooks and own modules."""
     from peft import PeftModel
 
-    return isinstance(model, PeftModel)
+    return isinstance(model, PeftModel) or hasattr(model, ModuleAdapter.slot)
 
 
 def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = False) -> None:
@@ -39,8 +40,7 @@ def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = Fa
     with atomic_dir(folder) as path:
         adapted = is_adapted(bundle.model)
         if adapted:
-            # the base, whatever was done to its vocabulary, is kept apart
-            bundle.model.save_pretrained(path / "adapter", save_embedding_layers=False)
+            _save_adapter(bundle, path / "adapter")
             if keep_base and Path(base).is_dir():
                 shutil.copytree(base, path / "model")
         else:
@@ -68,12 +68,10 @@ def load_bundle(folder: Path, companions: Companions = dict) -> Bundle:
     record = json.loads(head.read_text(encoding="utf-8"))
     model: Any
     model, processor = load_model(record["base"] or str(folder / "model"))
+    adapters = [_system(call, companions) for call in record["adapters"]]
     if (folder / "adapter").exists():
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
-    bundle = Bundle(model, processor, lineage=record["lineage"])
-    bundle.adapters = [_system(call, companions) for call in record["adapters"]]
+        model = _load_adapter(model, folder / "adapter", adapters[-1])
+    bundle = Bundle(model, processor, adapters=adapters, lineage=record["lineage"])
     for name, call in record["parts"].items():
         stored = folder / "parts" / name
         if stored.exists():
@@ -81,6 +79,22 @@ def load_bundle(folder: Path, companions: Companions = dict) -> Bundle:
         else:
             bundle.parts[name] = _system(call, companions)
     return bundle
+
+
+def _save_adapter(bundle: Bundle, folder: Path) -> None:
+    if hasattr(bundle.model, ModuleAdapter.slot):
+        bundle.adapters[-1].save(bundle.model, folder)
+    else:
+        # the base, whatever was done to its vocabulary, is kept apart
+        bundle.model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def _load_adapter(model: Any, folder: Path, system: Any) -> Any:
+    if isinstance(system, ModuleAdapter):
+        return system.load(model, folder)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
 def _save_processor(processor: Any, folder: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.card import Entry
-from gossamer.kinds.adapters import ModuleAdapter, TunerAdapter
+from gossamer.kinds.adapters import TunerAdapter
 from gossamer.testing.bench import Bench, output
 from gossamer.testing.comparison import differs, frozen
 from gossamer.testing.laws import base_options, build
@@ -55,11 +55,9 @@ def reloaded(system: Any, bench: Bench, folder: Path) -> tuple[Any, Any]:
         attached.save_pretrained(str(folder))
         again: Any = PeftModel.from_pretrained(bench.model(layers=LAYERS), str(folder))
     else:
-        from safetensors.torch import load_file
-
         system.save(attached, folder)
-        again = type(system)(system.config, seed=99, companions=system.companions).attach(bench.model(layers=LAYERS))
-        getattr(again, ModuleAdapter.slot).load_state_dict(load_file(folder / "adapter.safetensors"))
+        fresh = type(system)(system.config, seed=99, companions=system.companions)
+        again = fresh.load(bench.model(layers=LAYERS), folder)
     return before, evaluated(again, inputs)
 
 
