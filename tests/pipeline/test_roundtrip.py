@@ -105,6 +105,16 @@ def test_weights_that_come_and_go_are_named(bundle):
         prove_same(before, after, what="save", largest=1e9)
 
 
+def test_a_quantisation_that_breaks_the_model_is_caught(bundle, job):
+    from gossamer.core.recipe import StepCall
+    from gossamer.core.registry import find
+    from gossamer.pipeline.system_steps import take_system
+
+    call = StepCall("rounding", {"bits": 2, "group": -1}, find("rounding"))
+    with pytest.raises(GossamerError, match="rounding: must leave a model within 2 nats"):
+        take_system(call, bundle, job, seed=0)
+
+
 def test_the_same_model_has_no_difference(bundle):
     before = probe(bundle.model, bundle.processor, TEXTS)
     again = probe(bundle.model, bundle.processor, TEXTS, like=before)
