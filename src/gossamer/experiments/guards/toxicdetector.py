@@ -16,8 +16,12 @@ baselines, by most on look-alikes and wrapped prompts; all layers above the last
 with few samples. The claim is decided on look-alikes and wrapped prompts together.
 
 Smaller than the paper: a 270M base model, 690 prompts from templates instead of two collections, three concepts a
-scenario from the shipped lists (Algorithm 1 with an LLM is covered by tests), 60 epochs instead of 100. The vocabulary
+scenario from the shipped lists (Algorithm 1 with an LLM is covered by tests). The vocabulary
 is trimmed to the prompts, which changes no hidden state, and makes the perplexities those of the trimmed vocabulary.
+
+All networks stop early on a fifth of their training rows. A first full run trained them for 60 epochs as they were:
+at the paper's rate of 0.01 four of the nine fits on all layers diverged (about 60 % accuracy even in distribution; F1
+79.5 on hard prompts against 88.6 for TF-IDF), which says more about the rate than about the features.
 
 The wrappers were revised once after results had been seen: of the first five, four ended in words of their own, and a
 quick pass flagged every harmless prompt inside them; now three of five end with the prompt itself. That favours
@@ -51,6 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "timing": {},
 }
 OWN = ("toxicdetector", "one_concept", "all_layers_without_concepts", "timing")
+PATIENCE = 10  # epochs without a lower held-out loss
 LEXICAL = ("tfidf_regression", "perplexity_filter")
 HARD = ("look_alikes", "wrapped")
 
@@ -193,7 +198,7 @@ def _guard(arm: str, seed: int, lab: Lab) -> Any:
         def _states(self, model: Any, tokenizer: Any, wanted: Sequence[str]) -> Any:
             return table[[texts[text] for text in wanted]][:, self._layers]
 
-    return Stored(seed=seed, epochs=3 if lab.quick else 60, **ARMS[arm])
+    return Stored(seed=seed, epochs=3 if lab.quick else 100, patience=PATIENCE, **ARMS[arm])
 
 
 def _splits(quick: bool) -> dict[str, list[Row]]:
