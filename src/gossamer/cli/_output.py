@@ -70,6 +70,20 @@ class Bars:
         return tick
 
 
+def show_report(report: Any, as_json: bool) -> None:
+    """Print a run's report; exit code 3 where its budget is not met."""
+    if as_json:
+        json_out(report.as_dict())
+    else:
+        from rich.console import Console
+
+        from gossamer.parts.report_console import console_tables
+
+        for item in console_tables(report):
+            Console().print(item)
+    fail_over_budget(report.met(), "the budget is not met")
+
+
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """``["train.steps=5"]`` to a mapping, values read as YAML."""
     from gossamer.core.errors import OptionError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gossamer.cli._output import Bars, fail_over_budget, json_out
+from gossamer.cli._output import Bars, show_report
 
 
 def step(name: str, **options: Any) -> dict[str, Any]:
@@ -26,13 +26,4 @@ def run_steps(recipe: dict[str, Any], out: str, overrides: dict[str, Any], as_js
     from gossamer.pipeline import engine
 
     report = engine.run(recipe, out=out or None, overrides=overrides, reporter=Bars())
-    if as_json:
-        json_out(report.as_dict())
-    else:
-        from rich.console import Console
-
-        from gossamer.parts.report_console import console_tables
-
-        for item in console_tables(report):
-            Console().print(item)
-    fail_over_budget(report.met(), "the budget is not met")
+    show_report(report, as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from gossamer.cli._output import Bars, fail_over_budget, json_out, parse_settings
+from gossamer.cli._output import Bars, parse_settings, show_report
 
 
 def command(
@@ -14,11 +14,6 @@ def command(
     settings: list[str] = typer.Option([], "--set", help="key=value, several times, e.g. steps.train.steps=20."),  # noqa: B008
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
-    execute(recipe, out, resume, settings, as_json)
-
-
-def execute(recipe: str, out: str, resume: str, settings: list[str], as_json: bool) -> None:
-    """Run or resume, print the report, exit with 3 where the budget is not met."""
     from gossamer.core.errors import OptionError
     from gossamer.core.recipe import read_recipe
 
@@ -35,13 +30,4 @@ def execute(recipe: str, out: str, resume: str, settings: list[str], as_json: bo
         if resume
         else engine.run(recipe, out=out or None, overrides=parse_settings(settings), reporter=bars)
     )
-    if as_json:
-        json_out(report.as_dict())
-    else:
-        from rich.console import Console
-
-        from gossamer.parts.report_console import console_tables
-
-        for item in console_tables(report):
-            Console().print(item)
-    fail_over_budget(report.met(), "the budget is not met")
+    show_report(report, as_json)

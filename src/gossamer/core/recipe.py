@@ -11,6 +11,7 @@ budget: {size_mb: 200}
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -97,7 +98,11 @@ _KEYS = ("model", "data", "seed", "steps", "measure", "budget", "models")
 
 def read_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read and check a recipe from a path or a mapping; :class:`RecipeError` lists every problem."""
-    where, raw = ("recipe", dict(source)) if isinstance(source, Mapping) else (str(source), _load_yaml(Path(source)))
+    where, raw = (
+        ("recipe", copy.deepcopy(dict(source)))
+        if isinstance(source, Mapping)
+        else (str(source), _load_yaml(Path(source)))
+    )
     for dotted, value in (overrides or {}).items():
         _override(raw, dotted, value)
     return _Checker(where, raw).recipe()

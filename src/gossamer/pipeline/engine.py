@@ -12,11 +12,14 @@ Every step starts from a seed of its own, so a resumed run gives what an unbroke
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +83,26 @@ class _Run:
         self.reporter = _Logged(reporter, folder / "log")
         self.job = Job(recipe, folder, self.reporter, folder / "work")
         path = folder / "state.json"
+        self.interrupted: list[int] = []
         self.done: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
 
     def go(self) -> Report:
+        try:
+            with _noticing(self.interrupted.append):
+                return self._all()
+        except KeyboardInterrupt:
+            self.reporter.note(f"stopped; go on with: gossamer run --resume {self.folder}")
+            raise
+
+    def _all(self) -> Report:
         measured = self._measure_config()
         if measured is not None:
             self._untouched(measured)
         bundle = self._start()
         for index in range(len(self.done), len(self.recipe.steps)):
             bundle = self._take(index, bundle)
+            if self.interrupted:
+                raise KeyboardInterrupt
         if not any(step.name == "save" for step in self.recipe.steps):
             save_bundle(bundle, self.folder / RESULT, base=self.job.base, keep_base=True)
         if measured is not None:
@@ -185,6 +199,26 @@ class _Run:
             if stage not in wanted:
                 shutil.rmtree(stage, ignore_errors=True)
         shutil.rmtree(self.job.scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _noticing(note: Callable[[int], None]) -> Iterator[None]:
+    """Remember ctrl-C as well as raising it: libraries swallow a KeyboardInterrupt that meets them at a bad moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    inner = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        note(number)
+        if callable(inner):
+            inner(number, frame)
+
+    signal.signal(signal.SIGINT, handle if callable(inner) else inner)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, inner)
 
 
 class _Logged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -77,7 +78,7 @@ class Job:
         return {name: load_model(where)[0] for name, where in self.recipe.models.items()}
 
 
-class Step:
+class Step(abc.ABC):
     """Base of the pipeline's own steps: ``apply(bundle, job) -> Bundle``.
 
     ``notes`` is what the step wants said in the report about what it changed.
@@ -90,8 +91,9 @@ class Step:
         self.seed = seed
         self.notes: dict[str, Any] = {}
 
+    @abc.abstractmethod
     def apply(self, bundle: Bundle, job: Job) -> Bundle:
-        raise NotImplementedError
+        """Take the step and return the bundle after it."""
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
