@@ -66,6 +66,13 @@ def test_a_folder_with_files_is_not_written_over(unbroken, rows_path):
         engine.run(recipe(rows_path), out=unbroken[0])
 
 
+def test_a_finished_run_is_not_run_again(unbroken):
+    folder, report = unbroken
+    before = (folder / "report.html").stat().st_mtime_ns
+    assert results(engine.resume(folder)) == results(report)
+    assert (folder / "report.html").stat().st_mtime_ns == before
+
+
 def test_resume_wants_a_run(tmp_path):
     with pytest.raises(InputError, match=r"no recipe\.yaml"):
         engine.resume(tmp_path)

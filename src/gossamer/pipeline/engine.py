@@ -74,6 +74,9 @@ def resume(folder: str | Path, *, reporter: Reporter | None = None) -> Report:
             got="no recipe.yaml in it",
             do="give the folder that `gossamer run` named",
         )
+    report = Path(folder) / "report.json"
+    if report.exists():  # written last: the run is done
+        return Report.from_dict(json.loads(report.read_text(encoding="utf-8")))
     return _Run(read_recipe(path), Path(folder), reporter or Silent()).go()
 
 

@@ -43,8 +43,8 @@ def build_report(job: Job, done: list[dict[str, Any]]) -> Report:
         result=RESULT if RESULT in records else "",
     )
     report.budget = _budget(job, report)
-    write_json(job.folder / "report.json", report.as_dict())
     write_html(report, job.folder / "report.html")
+    write_json(job.folder / "report.json", report.as_dict())  # last: it says that the run is done
     return report
 
 
