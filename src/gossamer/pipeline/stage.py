@@ -2,7 +2,7 @@
 
 FOLDER/model/     the plain model and tokenizer, by save_pretrained (absent where it is still the original)
 FOLDER/adapter/   the attached PEFT adapter
-FOLDER/parts/     fitted systems by name
+FOLDER/parts/     fitted systems by name, the one that accelerates the model among them
 FOLDER/bundle.json
 """
 
@@ -18,6 +18,7 @@ from gossamer.core import registry
 from gossamer.core.bundle import Bundle
 from gossamer.core.errors import InputError
 from gossamer.core.paths import atomic_dir, write_json
+from gossamer.kinds.acceleration import Acceleration
 from gossamer.kinds.adapters import ModuleAdapter
 from gossamer.kinds.base import FittedSystem
 
@@ -53,6 +54,7 @@ def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = Fa
             "base": None if not adapted or (path / "model").exists() else base,
             "adapters": [_call(system) for system in bundle.adapters],
             "parts": {name: _call(part) for name, part in bundle.parts.items()},
+            "acceleration": getattr(bundle.model, Acceleration.slot, None),
             "lineage": bundle.lineage,
         }
         write_json(path / "bundle.json", record)
@@ -78,6 +80,8 @@ def load_bundle(folder: Path, companions: Companions = dict) -> Bundle:
             bundle.parts[name] = registry.find(name).load().load(stored, bundle, _named(call, companions))
         else:
             bundle.parts[name] = _system(call, companions)
+    if record["acceleration"]:
+        bundle.model, bundle.processor = bundle.parts[record["acceleration"]].accelerate(bundle.model, processor)
     return bundle
 
 

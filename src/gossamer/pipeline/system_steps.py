@@ -30,6 +30,20 @@ def _attach(system: Any, bundle: Bundle, job: Job) -> Taken:
     return bundle, {}
 
 
+def _build(system: Any, bundle: Bundle, job: Job) -> Taken:
+    built = system.build(bundle.model)
+    bundle.processor = system.processor(bundle.processor)
+    bundle.model = built
+    return bundle, {"architecture": built.config.model_type}
+
+
+def _accelerate(system: Any, bundle: Bundle, job: Job) -> Taken:
+    system = bundle.parts.get(system.name, system)  # one that an earlier step fitted
+    bundle.model, bundle.processor = system.accelerate(bundle.model, bundle.processor)
+    bundle.parts[system.name] = system
+    return bundle, {}
+
+
 def _compress(system: Any, bundle: Bundle, job: Job) -> Taken:
     texts = probe_texts(job)
     before = probe(bundle.model, bundle.processor, texts)
@@ -51,4 +65,10 @@ def _decode(system: Any, bundle: Bundle, job: Job) -> Taken:
     return bundle, {}
 
 
-_VERBS: dict[str, Callable[[Any, Bundle, Job], Taken]] = {"attach": _attach, "compress": _compress, "decode": _decode}
+_VERBS: dict[str, Callable[[Any, Bundle, Job], Taken]] = {
+    "accelerate": _accelerate,
+    "attach": _attach,
+    "build": _build,
+    "compress": _compress,
+    "decode": _decode,
+}

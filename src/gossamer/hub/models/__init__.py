@@ -272,11 +272,19 @@ def _check_quantiser(found: Resolved, config: Any) -> None:
         raise InputError(f"model {found.path}", must=must, got=repr(method), do=do)
 
 
+def _own_class(hf: Any, config: Any) -> Any:
+    """The Auto class that an architecture of this package registered itself with."""
+    autos = (hf.AutoModelForImageTextToText, hf.AutoModelForCausalLM, hf.AutoModel)
+    return next(auto for auto in autos if type(config) in auto._model_mapping)
+
+
 def _classes(path: Path, config: Any, task: Task | None) -> tuple[Any, Any]:
     """Auto class of the model and of its processor."""
     import transformers as hf
 
     architecture = (config.architectures or [""])[0]
+    if task is None and type(config).__module__.startswith("gossamer."):
+        return _own_class(hf, config), hf.AutoProcessor
     has_text, has_images = (path / "tokenizer_config.json").is_file(), (path / "preprocessor_config.json").is_file()
     if task is None and (architecture.endswith("LMHeadModel") or not architecture):
         task = "causal-lm"

@@ -14,7 +14,7 @@ CARD = Card(title="Fit", claim="the fitted part works with this model alone", pr
 
 
 class FitConfig(Config):
-    system: str | dict[str, str] = option("toxicdetector", "which system to fit", system="guards|decoding")
+    system: str | dict[str, str] = option("toxicdetector", "which system to fit", system="guards|decoding|acceleration")
     path: str | None = option(None, "a file of rows to fit on; the recipe's train split where not given")
 
 
