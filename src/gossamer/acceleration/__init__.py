@@ -1,0 +1,1 @@
+"""Acceleration: fewer tokens, layers or context a step."""
