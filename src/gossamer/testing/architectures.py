@@ -20,6 +20,7 @@ from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
 
 KEPT = ("base",)
+QUICK = {"image_size": 64}
 
 
 def subject(system: Any, bench: Bench) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def subject(system: Any, bench: Bench) -> dict[str, Any]:
 def outcome(system: Any, subject: dict[str, Any]) -> Any:
     model = system.build(subject["base"])
     trained = sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return {"output": _evaluated(model, model.dummy_inputs), "trained": trained}
+    return {"output": _evaluated(model, model.dummy_inputs), "trained": trained, "training loss": _training_loss(model)}
 
 
 def bad_inputs(system: Any, bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -121,6 +122,14 @@ def _evaluated(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, value in found.items()
         if isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
     }
+
+
+@torch.no_grad()
+def _training_loss(model: Any) -> float:
+    """The loss with dropout on, its draws fixed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        return float(model.train()(**model.dummy_inputs).loss)
 
 
 def _row(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
