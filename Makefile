@@ -25,6 +25,9 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/gossamer run recipes/quickstart.yaml
+	mkdir -p runs/narrated
+	$(BIN)/gossamer sample runs/narrated/sample.mp4
+	$(BIN)/gossamer narrate runs/narrated/sample.mp4 --out runs/narrated
 
 lint: .venv/tested
 	$(BIN)/ruff check .

@@ -42,3 +42,10 @@ def test_importing_gossamer_loads_no_library():
 @pytest.mark.parametrize("module", ["gossamer.parts.tuners", "gossamer.parts.quant_format", "gossamer.adapters.mos"])
 def test_a_module_of_gossamer_may_be_what_imports_the_library(module):
     assert python(f"import {module}\nimport peft\n{PEFT}\nprint(found)") == "True"
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "CLIPModel"])
+def test_a_model_class_may_be_the_first_thing_that_is_imported(name):
+    """Its module imports the Auto classes while it is half done; architectures register when it is whole."""
+    code = f"import gossamer\nfrom transformers import {name}, CONFIG_MAPPING\nprint('vlog' in CONFIG_MAPPING)"
+    assert python(code) == "True"

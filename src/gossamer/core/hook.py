@@ -2,7 +2,8 @@
 
 ``import gossamer`` installs a finder that waits for the libraries named in :data:`TRIGGERS`. When one has been imported
 (or already is), the systems whose card ``registers`` something there are imported; importing them registers them.
-Where a module of Gossamer itself is what imports the library, this waits until that module is whole.
+Where a module of Gossamer or transformers is what imports the library, this waits until that module is whole: half of
+transformers cannot be imported from.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ TRIGGERS = {
     "quantizer": "transformers.modeling_utils",
     "auto": "transformers.models.auto.modeling_auto",
 }
-_OWN = "gossamer."
+_WATCHED = ("gossamer.", "transformers.")
 
 
 def install() -> None:
@@ -48,13 +49,13 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds the watched modules as usual and follows their execution."""
 
     def __init__(self) -> None:
-        self._depth = 0  # modules of Gossamer under execution
+        self._depth = 0  # watched modules under execution
         self._waiting: list[str] = []  # libraries that came meanwhile
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith(_OWN) and fullname not in TRIGGERS.values():
+        if not fullname.startswith(_WATCHED) and fullname not in TRIGGERS.values():
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -63,13 +64,13 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
     def _execute(self, name: str, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
-        own = name.startswith(_OWN)
-        self._depth += own
+        inside = name.startswith(_WATCHED)
+        self._depth += inside
         try:
             execute(module)
         finally:
-            self._depth -= own
-        if not own:
+            self._depth -= inside
+        if name in TRIGGERS.values():
             self._waiting.append(name)
         while self._waiting and not self._depth:
             register(self._waiting.pop())

@@ -122,7 +122,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
 
 
 def _split(rows: list[Row], wanted: dict[str, int | None]) -> dict[str, list[Row]]:
-    """One row in five is held out, by the hash of its video, image, prompt or text: rows of one source stay together."""
+    """One row in five is held out, by the hash of its media name, prompt or text: what is equal stays together."""
     buckets: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for row in rows:
         place = int(hashlib.sha256(_key(row).encode()).hexdigest(), 16) % 10
@@ -131,5 +131,11 @@ def _split(rows: list[Row], wanted: dict[str, int | None]) -> dict[str, list[Row
 
 
 def _key(row: Row) -> str:
-    lead = row.get("video") or row.get("image") or row.get("prompt") or row.get("text") or (row.get("messages") or [None])[0]
+    lead = (
+        row.get("video")
+        or row.get("image")
+        or row.get("prompt")
+        or row.get("text")
+        or (row.get("messages") or [None])[0]
+    )
     return json.dumps(lead, sort_keys=True, ensure_ascii=False)

@@ -32,6 +32,11 @@ def is_adapted(model: Any) -> bool:
     return isinstance(model, PeftModel) or hasattr(model, ModuleAdapter.slot)
 
 
+def adapted_processor(adapter: Any, processor: Any) -> Any:
+    """The processor of the model with the adapter: an adapter that brings images or the like has one of its own."""
+    return adapter.processor(processor) if hasattr(adapter, "processor") else processor
+
+
 def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = False) -> None:
     """Write ``bundle`` to ``folder`` as a whole or not at all.
 
@@ -73,6 +78,7 @@ def load_bundle(folder: Path, companions: Companions = dict) -> Bundle:
     adapters = [_system(call, companions) for call in record["adapters"]]
     if (folder / "adapter").exists():
         model = _load_adapter(model, folder / "adapter", adapters[-1])
+        processor = adapted_processor(adapters[-1], processor)
     bundle = Bundle(model, processor, adapters=adapters, lineage=record["lineage"])
     for name, call in record["parts"].items():
         stored = folder / "parts" / name

@@ -12,6 +12,7 @@ from gossamer.core.recipe import StepCall
 from gossamer.parts.roundtrip import difference, probe
 from gossamer.pipeline.job import Job
 from gossamer.pipeline.probe_texts import probe_texts
+from gossamer.pipeline.stage import adapted_processor
 
 _BROKEN = 2.0  # a 4-bit Gemma-3-270M, which has lost much, is at 0.3
 Taken = tuple[Bundle, dict[str, Any]]
@@ -26,6 +27,7 @@ def take_system(call: StepCall, bundle: Bundle, job: Job, seed: int) -> Taken:
 
 def _attach(system: Any, bundle: Bundle, job: Job) -> Taken:
     bundle.model = system.attach(bundle.model)
+    bundle.processor = adapted_processor(system, bundle.processor)
     bundle.adapters.append(system)
     return bundle, {}
 
