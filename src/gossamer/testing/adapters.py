@@ -27,7 +27,7 @@ KEPT = ("inputs", "config")
 
 def subject(system: Any, bench: Bench) -> dict[str, Any]:
     model = bench.model(layers=LAYERS)
-    return {"model": model, "config": model.config, "inputs": bench.inputs()}
+    return {"model": model, "config": model.config, "inputs": _inputs(system, bench)}
 
 
 def outcome(system: Any, subject: dict[str, Any]) -> Any:
@@ -131,6 +131,18 @@ def check_exported_lora_gives_the_same(entry: Entry, bench: Bench) -> None:
     assert not foreign, f"loading it brings modules of {sorted(foreign)}"
     difference = differs(evaluated(attached, inputs), evaluated(again, inputs), atol=1e-5)
     assert not difference, f"the exported LoRA differs: {difference}"
+
+
+def _inputs(system: Any, bench: Bench) -> dict[str, Tensor]:
+    """Token rows; where the system sees (its ``visual_length`` is not 0), the first row has an image after a token."""
+    inputs, seen = bench.inputs(), getattr(system, "visual_length", 0)
+    if seen:
+        ids = inputs["input_ids"]
+        inputs["visual"] = torch.zeros_like(ids, dtype=torch.bool)
+        inputs["visual"][0, 1 : 1 + seen] = True
+        inputs["modality"] = inputs["visual"].any(1).long()
+        inputs["pixel_values"] = Bench("vit").inputs(rows=1)["pixel_values"]
+    return inputs
 
 
 def filled(system: Any, bench: Bench) -> Any:

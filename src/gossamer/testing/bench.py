@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +27,8 @@ from gossamer.parts.injection import projections
 
 VOCABULARY = 320
 IMAGE_TOKEN = VOCABULARY  # of the LLaVA-like model: one row more than the tokenizer has
-WIDE, LAYERS = 0.2, 2
+END_TOKEN = VOCABULARY  # of CLIP, which transformers pools at the highest id where the end token has the id 2
+WIDE, LAYERS, VISION_LAYERS = 0.2, 2, 4
 PROMPTS = ("The rain in spring is", "One two one two one two one two one", "A small red bird sat on the long branch")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}{% generation %}"
@@ -81,8 +83,14 @@ class Bench:
         return bool(self.model().can_generate())
 
     def tokenizer(self) -> Any:
-        """Byte-level BPE of 320 tokens with bos, eos, pad and a chat template, padded on the right."""
-        return copy.deepcopy(_tokenizer())
+        """Byte-level BPE of 320 tokens with bos, eos, pad and a chat template, padded on the right.
+
+        The end token of the family clip has an id of its own, above all others.
+        """
+        tokenizer = copy.deepcopy(_tokenizer())
+        if self.family == "clip":
+            tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+        return tokenizer
 
     def bundle(self, *, seed: int = 0) -> Bundle:
         return Bundle(self.model(seed=seed), self.tokenizer())
@@ -99,6 +107,20 @@ class Bench:
         ]
         return [*toxic, *({"text": text, "label": "benign"} for text in BENIGN)]
 
+    def processor(self) -> Any:
+        """Tokenizer and image processor of the family clip."""
+        images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
+        return transformers.CLIPProcessor(images, self.tokenizer())
+
+    def domain(self) -> dict[str, Any]:
+        """What a student of images is distilled on: unlabelled pictures, names, shots of half of the classes."""
+        pictures = [_picture(number) for number in range(12)]
+        names = ["dog", "bird", "red roof", "grey dog"]
+        shots = [(_picture(20 + number), names[number % 2]) for number in range(4)]
+        held_out = [(_picture(30 + number), names[number % 4]) for number in range(8)]
+        return {"images": pictures, "class_names": names, "shots": shots, "held_out": held_out,
+                "templates": ["a big {}", "the {} on it"], "processor": self.processor()}  # fmt: skip
+
     def inputs(self, rows: int = 3) -> dict[str, Tensor]:
         """What ``model(**inputs)`` takes: ids [rows, 12], and pixels [rows, 3, 16, 16] where the family sees."""
         generator = torch.Generator().manual_seed(5)
@@ -108,6 +130,9 @@ class Bench:
         ids = torch.randint(4, VOCABULARY, (rows, 12), generator=generator)
         if self.family == "llava":
             ids[:, 1:5] = IMAGE_TOKEN
+        if self.family == "clip":
+            ids[:, -1] = END_TOKEN
+        if self.family in ("llava", "clip"):
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -121,7 +146,7 @@ class Bench:
         """A companion under each name in :meth:`alternatives` and under each default of ``specs``.
 
         An option whose name says encoder gets a callable from texts to vectors, one that says writer or judge a
-        callable from text to text, any other a model of the family.
+        callable from text to text, one that says vision a vision transformer, any other a model of the family.
         """
         given: dict[str, Any] = {}
         for number, spec in enumerate(spec for spec in specs if spec.companion):
@@ -132,9 +157,17 @@ class Bench:
                     given[name] = functools.partial(_vectors, seed=place)
                 elif re.search("writer|judge", spec.name):
                     given[name] = functools.partial(_answer, seed=place)
+                elif "vision" in spec.name:
+                    given[name] = copy.deepcopy(_built("vit", 10 + place, VISION_LAYERS, "sdpa"))
                 else:
-                    given[name] = _built(self.family, 10 + 5 * number + place, LAYERS, "sdpa")
+                    given[name] = self._companion(10 + 5 * number + place)
         return given
+
+    def _companion(self, seed: int) -> Any:
+        """A model of the family; of the family clip a larger one, with its processor."""
+        if self.family == "clip":
+            return Bundle(_built("clip_large", seed, LAYERS, "sdpa"), self.processor())
+        return _built(self.family, seed, LAYERS, "sdpa")
 
     def alternatives(self, spec: OptionSpec) -> list[Any]:
         """Values that the option might take instead of its default, likely ones first; the system may refuse some."""
@@ -198,8 +231,10 @@ def repad(batch: Mapping[str, Any], *, side: str, extra: int, pad: int) -> dict[
 
 
 def output(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits of a model with a head, else its last hidden state."""
+    """Logits of a model with a head (of CLIP: images by texts), else its last hidden state."""
     out = model(**inputs)
+    if hasattr(out, "logits_per_image"):
+        return out.logits_per_image
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
@@ -207,7 +242,7 @@ def output(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 def _built(family: str, seed: int, layers: int, attention: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family](layers)
+        model = (FAMILIES | _LARGE)[family](layers)
     model.set_attn_implementation(attention)
     return model.eval()
 
@@ -307,6 +342,18 @@ def _llava(layers: int) -> Any:
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def _clip(layers: int, width: int = 64) -> Any:
+    shape: dict[str, Any] = {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "projection_dim": width,
+    }  # fmt: skip
+    text = {**shape, "vocab_size": VOCABULARY + 1, "max_position_embeddings": 32, "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": END_TOKEN}  # fmt: skip
+    vision = {**shape, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
+    return transformers.CLIPModel(config)
+
+
 FAMILIES: dict[str, Callable[[int], Any]] = {
     "llama": _llama,
     "gemma3": _gemma3,
@@ -316,7 +363,9 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
     "bert": _bert,
     "vit": _vit,
     "llava": _llava,
+    "clip": _clip,
 }
+_LARGE: dict[str, Callable[[int], Any]] = {"clip_large": lambda layers: _clip(layers + 1, 96)}
 
 
 def _companion_names(spec: OptionSpec) -> list[str]:
@@ -332,6 +381,14 @@ def _vectors(texts: Any, *, seed: int) -> Tensor:
 def _answer(prompt: str, *, seed: int) -> str:
     """Another answer to another prompt, of one line."""
     return f"asks for {(sum(map(ord, prompt)) + seed) % 1009} things"
+
+
+def _picture(seed: int) -> Any:
+    """A picture of 20 x 18 pixels: noise on one of four plain colours."""
+    generator = torch.Generator().manual_seed(seed)
+    ground = torch.tensor([[200, 40, 40], [40, 180, 60], [50, 60, 200], [190, 190, 60]])[seed % 4]
+    noise = torch.randint(-40, 40, (18, 20, 3), generator=generator)
+    return Image.fromarray((ground + noise).clamp(0, 255).to(torch.uint8).numpy())
 
 
 def _whole(*bounds: float | None) -> list[int]:
