@@ -49,7 +49,9 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/guide/{name}.md" for name in ("adapt", "compress", "recipes"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/guide/{name}.md" for name in ("adapt", "compress", "narrate", "recipes", "see"))]
+)
 def test_recipes_in_the_guide_pass_the_check(page: str, tmp_path: Path) -> None:
     found = blocks(page, "yaml")
     assert found

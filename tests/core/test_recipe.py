@@ -115,3 +115,9 @@ def test_overrides_reach_into_steps():
 def test_a_local_quantised_folder_starts_quantised(tmp_path):
     (tmp_path / "config.json").write_text('{"quantization_config": {}}')
     assert "train needs" in problems(model=str(tmp_path), steps=[{"train": {}}])[0]
+
+
+@pytest.mark.parametrize("name", ["promptkd", "narrate"])
+def test_a_system_that_no_recipe_can_feed_is_to_be_called(name):
+    with pytest.raises(RecipeError, match=r"must be a step, got one of the \w+; call it: gossamer.system"):
+        read_recipe({"model": "m", "steps": [name]})

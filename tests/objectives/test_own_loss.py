@@ -54,7 +54,7 @@ def test_a_processor_makes_the_batches_and_micro_batches_add_up() -> None:
 
 
 def test_weighted_rows_are_refused() -> None:
-    with pytest.raises(InputError, match="have no weight.*choose sft"):
+    with pytest.raises(InputError, match=r"have no weight.*choose sft"):
         OwnLoss().examples([{"text": "a", "weight": 2.0}], Bench("llama").tokenizer(), max_length=8)
 
 

@@ -33,7 +33,7 @@ def test_paths_hold_from_anywhere_and_an_image_may_be_null(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("bad", ['{"image": "none.png"}', '{"text": "a"}', "not json", "[1]"])
 def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, bad: str) -> None:
-    with pytest.raises(InputError, match="line 2.*must"):
+    with pytest.raises(InputError, match=r"line 2.*must"):
         media_rows(write(tmp_path, [{"image": "one.png"}, bad]))
 
 

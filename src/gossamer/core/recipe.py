@@ -237,14 +237,15 @@ def step_entry(name: str) -> Entry:
     table = dict(registry.steps())
     others: dict[str, Entry] = {}
     for entry in registry.systems().values():
-        (table if KINDS[entry.kind].step else others)[entry.name] = entry
+        # one that distils has data and a teacher of a shape of its own, which no recipe can name
+        is_step = KINDS[entry.kind].step and "distils" not in entry.card.traits
+        (table if is_step else others)[entry.name] = entry
     if name in table:
         return table[name]
     if name in others:
         kind = KINDS[others[name].kind]
-        raise OptionError(
-            f"step {name!r}", must="be a step", got=f"one of the {kind.folder}", do=f"name it in {kind.option_of}"
-        )
+        do = f"name it in {kind.option_of}" if kind.option_of else f"call it: gossamer.system({name!r}, ...)"
+        raise OptionError(f"step {name!r}", must="be a step", got=f"one of the {kind.folder}", do=do)
     raise OptionError(f"step {name!r}", must="be known", do=did_you_mean(name, table))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,25 @@ from gossamer.core import registry
 from gossamer.core.card import Entry
 from gossamer.kinds.compression import CompressionReport, held_bytes
 from gossamer.testing.bench import Bench, output
+from gossamer.testing.comparison import differs, frozen
 from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
 
 KEPT = ("data",)
+QUICK = {"epochs": 2, "batch": 4}  # of those that distil
 GROUPS = (0, 128, 64, 32, 16)  # of the naive baseline
 
 
 def subject(system: Any, bench: Bench) -> dict[str, Any]:
+    """A model and what the system learns from: token batches, or a domain of pictures where it distils."""
+    if _distils(system):
+        return {"model": bench.model(), "data": bench.domain()}
     return {"model": bench.model(), "data": [bench.inputs(), bench.inputs(rows=2)]}
 
 
 def outcome(system: Any, subject: dict[str, Any]) -> Any:
     done = system.compress(subject["model"], subject["data"])
-    return {"output": _logits(done.model, subject["data"][0]), "bytes": done.report.bytes_after}
+    return {"output": _predicted(done.model, subject["data"]), "bytes": done.report.bytes_after}
 
 
 def bad_inputs(system: Any, bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -42,16 +49,28 @@ def bad_inputs(system: Any, bench: Bench) -> Iterator[tuple[str, Callable[[], An
     with torch.no_grad():
         next(broken.parameters()).view(-1)[0] = math.nan
     yield "a model with a weight that is no number", lambda: system.compress(broken, given["data"])
+    if _distils(system):
+        names = given["data"]["class_names"]
+        for what, change in (
+            ("no class names", {"class_names": []}),
+            ("a class that is named twice", {"class_names": [*names, names[0]]}),
+            ("no pictures", {"images": []}),
+            ("a label that is no class", {"shots": [(given["data"]["images"][0], "no such class")]}),
+        ):
+            yield what, functools.partial(system.compress, bench.model(), {**given["data"], **change})
+        alone = type(system)(system.config)
+        yield "no teacher", lambda: alone.compress(bench.model(), given["data"])
 
 
 def reloaded(system: Any, bench: Bench, folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
     given = subject(system, bench)
     done = system.compress(given["model"], given["data"]).model
     done.save_pretrained(str(folder))
-    again: Any = AutoModelForCausalLM.from_pretrained(str(folder))
-    found = [{"output": _logits(model, given["data"][0]), "bytes": held_bytes(model)} for model in (done, again)]
+    auto: Any = AutoModelForImageClassification if _distils(system) else AutoModelForCausalLM
+    again = auto.from_pretrained(str(folder))
+    found = [{"output": _predicted(model, given["data"]), "bytes": held_bytes(model)} for model in (done, again)]
     return found[0], found[1]
 
 
@@ -75,6 +94,38 @@ def check_it_is_smaller(entry: Entry, bench: Bench) -> None:
     before = held_bytes(given["model"])
     after = held_bytes(system.compress(given["model"], given["data"]).model)
     assert after < before, f"{before} bytes became {after}"
+
+
+@law(trait="distils")
+def check_the_student_stands_alone(entry: Entry, bench: Bench) -> None:
+    """The result is smaller than teacher and student, has no text tower and shares no weight; both are as before."""
+    system = build(entry, bench, base_options(entry, bench))
+    given = subject(system, bench)
+    teacher = system.companion(system.config.teacher).model
+    before = frozen({"student": given["model"], "teacher": teacher})
+    result = system.compress(given["model"], given["data"]).model
+    difference = differs(before, frozen({"student": given["model"], "teacher": teacher}))
+    assert not difference, f"a model that was given is changed: {difference}"
+    for name, model in (("teacher", teacher), ("student", given["model"])):
+        assert held_bytes(result) < held_bytes(model), f"it holds more bytes than the {name}"
+    towers = [name for name, module in result.named_modules() if "Text" in type(module).__name__]
+    assert not towers, f"it has a text tower: {towers}"
+    theirs = {tensor.data_ptr() for model in (teacher, given["model"]) for tensor in model.state_dict().values()}
+    shared = [name for name, tensor in result.state_dict().items() if tensor.data_ptr() in theirs]
+    assert not shared, f"it shares {shared} with a model that was given"
+
+
+@law(trait="distils")
+def check_one_image_is_judged_as_in_a_batch(entry: Entry, bench: Bench) -> None:
+    """Probabilities sum to 1 and do not depend on the other images, in whatever mode the model is."""
+    system = build(entry, bench, base_options(entry, bench))
+    given = subject(system, bench)
+    model, images = system.compress(given["model"], given["data"]).model.train(), given["data"]["images"]
+    together, alone = model.predict(images), torch.cat([model.predict([image]) for image in images])
+    assert together.shape == (len(images), len(given["data"]["class_names"])), f"it gives {list(together.shape)}"
+    difference = differs(together, alone, atol=1e-5)
+    assert not difference, f"an image alone and in a batch: {difference}"
+    assert torch.allclose(together.sum(-1), torch.ones(len(images))), "probabilities do not sum to 1"
 
 
 @law(trait="budgeted")
@@ -120,6 +171,11 @@ def _error(report: CompressionReport) -> float:
     return math.sqrt(total / sum(weights))
 
 
+def _distils(system: Any) -> bool:
+    return "distils" in sys.modules[type(system).__module__].CARD.traits
+
+
 @torch.no_grad()
-def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    return output(model.eval(), inputs)
+def _predicted(model: Any, data: Any) -> Tensor:
+    """Logits of the first token batch, or probabilities of the domain's pictures."""
+    return model.eval().predict(data["images"]) if isinstance(data, dict) else output(model.eval(), data[0])

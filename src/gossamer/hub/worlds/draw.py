@@ -68,9 +68,9 @@ def draw_thing(
     """Paint one thing into ``box`` (left, top, right, bottom in pixels of ``image``, fractions allowed), in place.
 
     ``kind`` names one of SHAPES or is a shape of one's own, ``colour`` one of PAINTS or RGB; ``angle`` turns it
-    clockwise in degrees about the middle of the box, ``seed`` picks its texture, ``glyph_tall`` is the glyph's height in
-    pixels (0: six tenths of the box). Draw at twice the size wanted, then reduce. Raises OptionError for an unknown kind,
-    colour or style.
+    clockwise in degrees about the middle of the box, ``seed`` picks its texture, ``glyph_tall`` is the glyph's height
+    in pixels (0: six tenths of the box). Draw at twice the size wanted, then reduce. Raises OptionError for an unknown
+    kind, colour or style.
     """
     check_style(style)
     if isinstance(colour, str) and colour not in PAINTS:
