@@ -270,7 +270,7 @@ def _use(entry: Entry) -> str:
     kind = KINDS[entry.kind]
     call = CALLS.get(entry.kind, kind.verb.split(" | ")[0])
     lines = ["```python", "import gossamer", "", f'gossamer.system("{entry.name}").{call}', "```"]
-    if kind.step:
+    if kind.step and "distils" not in entry.card.traits:
         recipe = [f"  - {entry.name}: {{}}"]
     elif kind.option_of:
         outer, inner = kind.option_of.split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from gossamer.hub.worlds.events import event_videos
+
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+TEXT_RECIPES = [path for path in RECIPES if "event_videos" not in path.read_text()]
 
 
 def gossamer(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -88,7 +92,29 @@ def test_check_previews_what_carries_loss(tmp_path):
     assert "".join(t["text"] for t in row["tokens"] if t["weight"]).startswith(" A test.")
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_video_recipe_runs_at_tiny_size(tmp_path):
+    """On one's own rows; its result narrates."""
+    videos = [dataclasses.replace(video, clips=video.clips[:3]) for video in event_videos("test", 24)]
+    rows = []
+    for number, video in enumerate(videos):
+        video.write(tmp_path / f"{number}.mp4", fps=4.0, size=(90, 160))
+        clips = [[clip.start, clip.end, clip.narration] for clip in video.clips]
+        rows.append({"video": f"{number}.mp4", "narrations": clips, "scene": video.scene})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = tmp_path / "run"
+    settings = {"data": f"{{path: {tmp_path / 'rows.jsonl'}}}", "steps.train.steps": 2, "steps.train.batch_size": 8}
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    done = gossamer("run", str(RECIPES[0].parent / "vlog.yaml"), "--out", str(run), "--json", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    changed = {step["name"]: step["changed"] for step in json.loads(done.stdout)["steps"]}
+    assert 0 <= changed["vocabulary"]["R@1"] <= 1
+    assert changed["vocabulary"]["test_clips"] >= 3
+    done = gossamer("narrate", str(tmp_path / "0.mp4"), "--model", str(run), "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads(done.stdout)["rows"]) == 3
+
+
+@pytest.mark.parametrize("recipe", TEXT_RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_at_tiny_size(recipe, rows_path, tmp_path):
     settings = {
         "model": "llama-7m",

@@ -10,7 +10,7 @@ def command(
     minutes: float = typer.Option(0.5, "--minutes", help="How long."),
     height: int = typer.Option(360, "--height", help="Pixels; the width is 16/9 of it."),
     style: str = typer.Option("flat", "--style", help="flat, textured or photo; the sample narrator knows flat."),
-    scene: list[str] = typer.Option([], "--scene", help="Only these places, e.g. kitchen; all known ones by default."),  # noqa: B008
+    scene: list[str] = typer.Option(["kitchen"], "--scene", help="The place; several follow one another."),  # noqa: B008
     seed: int = typer.Option(0, "--seed", help="Another script."),
     as_json: bool = typer.Option(False, "--json", help="Print the script as JSON."),
 ) -> None:
@@ -21,7 +21,7 @@ def command(
     from gossamer.hub.worlds.events import sample_video
 
     size = (height // 2 * 2, height * 16 // 9 // 2 * 2)
-    script = sample_video(video, minutes, size=size, style=style, scenes=scene or None, seed=seed)
+    script = sample_video(video, minutes, size=size, style=style, scenes=scene, seed=seed)
     truth = Path(video).with_suffix(".json")
     write_json(truth, script)
     if as_json:

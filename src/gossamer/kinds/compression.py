@@ -50,11 +50,7 @@ class Compressed:
 
 
 class Compression(System):
-    """Makes a model smaller. ``data`` is a list of token batches, or ``None`` for methods that need weights only.
-
-    A system that distils leaves the model as it is and returns another, smaller one, which learnt from a companion;
-    what its ``data`` holds is said in its file.
-    """
+    """Makes a model smaller. ``data`` is a list of token batches, or ``None`` for methods that need weights only."""
 
     verb = "compress"
 

@@ -4,7 +4,7 @@
         print(finding)
 
 A law is a function ``check_*(entry, bench)`` that raises where it is broken. Laws for all systems stand in
-:mod:`gossamer.testing.laws`, those of a kind in the module of its name.
+:mod:`gossamer.testing.universal`, those of a kind in the module of its name.
 """
 
 from gossamer.testing.bench import FAMILIES, Bench

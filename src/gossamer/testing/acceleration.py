@@ -21,8 +21,8 @@ from gossamer.core.bundle import Bundle
 from gossamer.core.card import Entry
 from gossamer.testing.bench import IMAGE_TOKEN, VOCABULARY, Bench
 from gossamer.testing.comparison import differs, frozen
-from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
+from gossamer.testing.universal import base_options, build
 
 LAYERS = 8
 PATCHES = 4

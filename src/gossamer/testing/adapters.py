@@ -18,8 +18,8 @@ from gossamer.core.card import Entry
 from gossamer.kinds.adapters import TunerAdapter
 from gossamer.testing.bench import Bench, output
 from gossamer.testing.comparison import differs, frozen
-from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
+from gossamer.testing.universal import base_options, build
 
 LAYERS = 8  # sharing between layers needs some
 KEPT = ("inputs", "config")

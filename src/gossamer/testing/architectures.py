@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gossamer.core.card import Entry
 from gossamer.testing.bench import Bench
 from gossamer.testing.comparison import differs
-from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
+from gossamer.testing.universal import base_options, build
 
 KEPT = ("base",)
 QUICK = {"image_size": 64}

@@ -17,8 +17,8 @@ from gossamer.core.card import Entry
 from gossamer.kinds.compression import CompressionReport, held_bytes
 from gossamer.testing.bench import Bench, output
 from gossamer.testing.comparison import differs, frozen
-from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
+from gossamer.testing.universal import base_options, build
 
 KEPT = ("data",)
 QUICK = {"epochs": 2, "batch": 4}  # of those that distil

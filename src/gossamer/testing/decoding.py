@@ -11,8 +11,8 @@ from torch import Tensor
 from gossamer.core.card import Entry
 from gossamer.testing.bench import Bench
 from gossamer.testing.comparison import differs
-from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
+from gossamer.testing.universal import base_options, build
 
 KEPT = ("model", "tokenizer", "prompts")
 NEW = 14  # tokens; with the prompts longer than the sliding window of the tiny Gemma

@@ -15,8 +15,8 @@ from gossamer.core.card import Entry
 from gossamer.core.errors import UsageError
 from gossamer.testing.bench import BENIGN, PROMPTS, TOXIC, Bench
 from gossamer.testing.comparison import differs
-from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
+from gossamer.testing.universal import base_options, build
 
 KEPT = ("model", "tokenizer", "rows")
 QUICK = {"epochs": 8}

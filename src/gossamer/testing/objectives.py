@@ -17,8 +17,8 @@ from gossamer.core.card import Entry
 from gossamer.kinds.objectives import select_rows
 from gossamer.testing.bench import ROWS, Bench, repad
 from gossamer.testing.comparison import differs
-from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
+from gossamer.testing.universal import base_options, build
 
 KEPT = ("model", "batch", "rows", "tokenizer")
 

@@ -15,8 +15,8 @@ from gossamer.core.card import Entry
 from gossamer.parts.training import parameter_groups
 from gossamer.testing.bench import Bench
 from gossamer.testing.comparison import differs
-from gossamer.testing.laws import base_options, build
 from gossamer.testing.running import law
+from gossamer.testing.universal import base_options, build
 
 KEPT = ("batch", "config")
 STEPS = 4

@@ -148,9 +148,14 @@ class LaVIN(ModuleAdapter):
         every = self.config.visual_every
         return list(range(every, len(vision_blocks(vision)) + 1, every))
 
-    def processor(self, base: Any, image_size: int = 224) -> LaVINProcessor:
-        """Rows to batches of the attached model, around its tokenizer ``base``; images of ``image_size`` a side."""
-        return LaVINProcessor(base, self.visual_length, image_size)
+    def processor(self, base: Any, image_size: int | None = None) -> LaVINProcessor:
+        """Rows to batches of the attached model, around its tokenizer ``base``.
+
+        Images are ``image_size`` pixels a side; by default as the vision tower has them, at most 224.
+        """
+        if image_size is None and self.config.vision:
+            image_size = min(224, int(getattr(self.companion(self.config.vision).config, "image_size", 224)))
+        return LaVINProcessor(base, self.visual_length, image_size or 224)
 
     @contextlib.contextmanager
     def reading(self, model: Any, modality: Tensor) -> Iterator[None]:

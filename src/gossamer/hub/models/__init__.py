@@ -92,6 +92,7 @@ def load_model(
     """
     import torch
     import transformers
+    import transformers.models.auto.modeling_auto  # own architectures register when this comes
     from safetensors import SafetensorError
 
     found = resolve(name_or_path, offline=offline)

@@ -1,0 +1,377 @@
+"""The model: visual tokens, a text query and a retrieval token through a language model, and out as one vector."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from gossamer.architectures.vlog.frame_adapter import FrameAdapter
+from gossamer.core.errors import InputError, OptionError
+from gossamer.parts.contrastive import cosine_logits, matrix_loss
+from gossamer.parts.front_end import (
+    IGNORED,
+    Projector,
+    Spliced,
+    embed_tokens,
+    embedding_size,
+    last_real,
+    mean_real,
+    splice,
+)
+
+METHODS = ("vlog", "generative", "mean_pool", "pool_query", "adapter")
+RETRIEVAL_TOKENS = ("eos", "learnable", "pool")
+TUNE = ("full", "lora", "frozen")
+RANK, ALPHA = 16, 32  # of tune="lora"
+
+
+class VLogConfig(PretrainedConfig):
+    """Shape, method, loss, and the thresholds of narrating.
+
+    ``oov_threshold`` and ``postfix_threshold`` are cosines: below the first a clip is out of
+    vocabulary, below the second no postfix is added; None for no threshold.
+    """
+
+    model_type = "vlog"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        *,
+        image_width: int = 768,
+        text_width: int = 384,
+        method: str = "vlog",
+        retrieval_token: str = "pool",
+        visual_tokens: int = 1,
+        max_frames: int = 128,
+        markers: bool = False,
+        tau: float = 0.05,
+        symmetric: bool = True,
+        mask_equal: bool = True,
+        tune: str = "full",
+        oov_threshold: float | None = None,
+        postfix_threshold: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, value, choices in (
+            ("method", method, METHODS), ("retrieval_token", retrieval_token, RETRIEVAL_TOKENS), ("tune", tune, TUNE),
+        ):  # fmt: skip
+            if value not in choices:
+                raise OptionError(f"vlog.{name}", must=f"be one of {choices}", got=repr(value))
+        if text_config is None:
+            text_config = AutoConfig.for_model("gpt2")
+        elif isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.image_width, self.text_width = image_width, text_width
+        self.method, self.retrieval_token, self.visual_tokens = method, retrieval_token, visual_tokens
+        self.max_frames, self.markers = max_frames, markers
+        self.tau, self.symmetric, self.mask_equal = tau, symmetric, mask_equal
+        self.tune = tune
+        self.oov_threshold, self.postfix_threshold = oov_threshold, postfix_threshold
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        return self.text_config
+
+
+@dataclasses.dataclass
+class VLogOutput(ModelOutput):
+    """``embedding`` [b, text_width] float32 of the retrieval methods, ``logits`` [b, t, V] of the generative one."""
+
+    loss: Tensor | None = None
+    embedding: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class VLogModel(PreTrainedModel):
+    """See :mod:`gossamer.architectures.vlog`. ``language_model`` is the body, with its head for "generative" only."""
+
+    config_class = VLogConfig
+    config: VLogConfig
+    base_model_prefix = "vlog"
+    main_input_name = "features"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: VLogConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        generates = config.method == "generative"
+        self.language_model = (AutoModelForCausalLM if generates else AutoModel).from_config(text)
+        self.hidden = int(text.get_text_config().hidden_size)
+        self.in_projector = Projector("linear", config.image_width, self.hidden, config.visual_tokens)
+        if not generates:
+            self.out_projector = nn.Linear(self.hidden, config.text_width)
+        if config.method == "vlog" and config.retrieval_token == "learnable":
+            self.retrieval = nn.Parameter(torch.zeros(self.hidden))
+        if config.markers and config.method in ("vlog", "generative"):
+            self.visual_markers = nn.Parameter(torch.zeros(2, self.hidden))
+        if config.method == "adapter":
+            self.frame_adapter = FrameAdapter(self.hidden)
+        self.post_init()
+        if config.tune == "lora":
+            self._inject_lora()
+        self._choose_trained()
+
+    def forward(
+        self,
+        features: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        feature_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        targets: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        candidates: Tensor | None = None,
+        **kwargs: Any,
+    ) -> VLogOutput:
+        """One vector a row, and the loss where there are targets.
+
+        ``features`` [b, T, image_width] with ``feature_mask`` [b, T], ``input_ids`` and ``attention_mask`` [b, t]: the
+        query, ended by EOS; padding on any side. ``targets`` [b, text_width] are the answers' text vectors, equal
+        ``target_ids`` [b] mark equal texts. With ``candidates`` [c, text_width] (all labels of a closed set) ``labels``
+        [b] are their rows. For "generative", ``input_ids`` hold the answer too, and ``labels`` [b, t] are -100 before.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if self.config.method == "generative":
+            spliced = self._sequence(features, feature_mask, input_ids, attention_mask, labels=labels)
+            found = self.language_model(**spliced.inputs(), use_cache=False)
+            return VLogOutput(loss=found.loss, logits=_text_part(found.logits, spliced, attention_mask))
+        embedding = self.embed(features, input_ids, attention_mask, feature_mask)
+        return VLogOutput(loss=self._loss(embedding, targets, target_ids, candidates, labels), embedding=embedding)
+
+    def embed(
+        self,
+        features: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        feature_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Where in the text encoder's space the answer lies: [b, text_width], float32, not normalised."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        method = self.config.method
+        if method == "vlog":
+            spliced = self._sequence(features, feature_mask, input_ids, attention_mask, retrieval=True)
+            hidden = self.language_model(**spliced.inputs(), use_cache=False).last_hidden_state
+            return self.out_projector(last_real(hidden, spliced.attention_mask)).float()
+        visual = self._visual(features, feature_mask)
+        if method == "pool_query":
+            words = embed_tokens(self.language_model, input_ids)
+            rows = zip(visual, words, attention_mask.bool(), strict=True)
+            pooled = torch.stack([torch.cat([block, row[real]]).mean(0) for block, row, real in rows])
+        else:
+            padded = nn.utils.rnn.pad_sequence(visual, batch_first=True)
+            mask = torch.tensor([[place < len(row) for place in range(padded.shape[1])] for row in visual])
+            mask = mask.to(padded.device)
+            pooled = mean_real(self.frame_adapter(padded, mask) if method == "adapter" else padded, mask)
+        return self.out_projector(pooled).float()
+
+    @torch.no_grad()
+    def write(
+        self,
+        features: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        feature_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 24,
+        **settings: Any,
+    ) -> Tensor:
+        """Token by token, greedily (method "generative"): new ids [b, n]."""
+        if self.config.method != "generative":
+            raise InputError("vlog.write", must="be used with method='generative'", got=self.config.method)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        spliced = self._sequence(features, feature_mask, input_ids, mask, side="left")
+        return self.language_model.generate(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=spliced.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **settings,
+        )
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Two rows of 6 frames, with queries of 7 and 4 tokens, and what their method needs for a loss."""
+        draw = torch.Generator().manual_seed(0)
+        features = torch.randn(2, 6, self.config.image_width, generator=draw)
+        vocabulary = int(self.config.text_config.get_text_config().vocab_size)
+        ids = torch.randint(0, vocabulary, (2, 7), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        batch = {"features": features, "input_ids": ids, "attention_mask": mask}
+        if self.config.method == "generative":
+            return batch | {"labels": ids.masked_fill(torch.arange(7) < 2, IGNORED).masked_fill(mask == 0, IGNORED)}
+        return batch | {
+            "targets": torch.randn(2, self.config.text_width, generator=draw),
+            "target_ids": torch.arange(2),
+        }
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def take(self, language_model: PreTrainedModel) -> None:
+        """Copy a language model's weights, for "generative" its head too; new tokens start at the size of theirs."""
+        source: Any = language_model if self.config.method == "generative" else language_model.base_model
+        with torch.no_grad():
+            if self.config.tune == "lora":
+                own = {name: p for name, p in self.language_model.state_dict().items() if "lora_" not in name}
+                for name, tensor in source.state_dict().items():
+                    own[name if name in own else _wrapped(name)].copy_(tensor)
+            else:
+                self.language_model.load_state_dict(source.state_dict())
+            # of size 1 for standardised features: much smaller ones drown in the layers' outputs, and learning stalls
+            for parameter in self.in_projector.parameters():
+                nn.init.normal_(parameter, std=self.config.image_width**-0.5 if parameter.dim() > 1 else 0.0)
+            size = embedding_size(self.language_model)
+            for name in ("retrieval", "visual_markers"):
+                if hasattr(self, name):
+                    nn.init.normal_(getattr(self, name), std=size)
+
+    def merge(self) -> None:
+        """Fold the LoRA of ``tune="lora"`` into the language model, which is then trained in full if at all."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for path, module in list(self.language_model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                self.language_model.set_submodule(path, module.get_base_layer())
+        self.config.tune = "full"
+        self._choose_trained()
+
+    def _sequence(
+        self,
+        features: Tensor,
+        feature_mask: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        retrieval: bool = False,
+        labels: Tensor | None = None,
+        side: Any = "right",
+    ) -> Spliced:
+        """[visual][query][EOS][retrieval token], packed, padded on ``side``."""
+        visual = self._visual(features, feature_mask)
+        real = attention_mask.bool()
+        words = [row[keep] for row, keep in zip(embed_tokens(self.language_model, input_ids), real, strict=True)]
+        blocks, places = [], []
+        for block, row in zip(visual, words, strict=True):
+            tokens = block
+            if hasattr(self, "visual_markers"):
+                tokens = torch.cat([self.visual_markers[:1], block, self.visual_markers[1:]])
+            last = self._retrieval_token(block) if retrieval else None
+            blocks.append([tokens] if last is None else [tokens, last])
+            places.append([0] if last is None else [0, len(row)])
+        kept = None if labels is None else [row[keep] for row, keep in zip(labels, real, strict=True)]
+        spliced = splice(words, blocks, places=places, labels=kept, side=side)
+        limit = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        length = spliced.attention_mask.shape[1]
+        if limit is not None and length > limit:
+            raise InputError(
+                "vlog: frames and query",
+                must=f"fit into the language model's {limit} positions",
+                got=length,
+                do="shorten the query, or lower max_frames",
+            )
+        return spliced
+
+    def _retrieval_token(self, visual: Tensor) -> Tensor | None:
+        """[1, H] to put last; None where it is the EOS."""
+        if self.config.retrieval_token == "eos":
+            return None
+        return self.retrieval[None] if self.config.retrieval_token == "learnable" else visual.mean(0, keepdim=True)
+
+    def _visual(self, features: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """For each row its visual tokens [n_i * visual_tokens, H]; at most ``max_frames`` frames."""
+        if features.dim() != 3:
+            raise InputError("vlog: features", must="be [rows, frames, width]", got=tuple(features.shape))
+        rows = list(features) if mask is None else [row[keep] for row, keep in zip(features, mask.bool(), strict=True)]
+        for number, row in enumerate(rows):
+            if len(row) == 0:
+                raise InputError(f"vlog: row {number}", must="have at least one frame", got="none")
+        rows = [row[spread(len(row), self.config.max_frames).to(row.device)] for row in rows]
+        packed = torch.cat(rows)
+        if not torch.isfinite(packed).all():
+            raise InputError("vlog: features", must="be finite", got="NaN or infinity", do="compute them again")
+        tokens = self.in_projector(packed.to(next(self.in_projector.parameters()).dtype))
+        return list(tokens.split([len(row) * self.config.visual_tokens for row in rows]))
+
+    def _loss(
+        self,
+        embedding: Tensor,
+        targets: Tensor | None,
+        target_ids: Tensor | None,
+        candidates: Tensor | None,
+        labels: Tensor | None,
+    ) -> Tensor | None:
+        tau = self.config.tau
+        if candidates is not None:
+            if labels is None:
+                raise InputError("vlog: labels", must="say which candidates are right", got="none")
+            return matrix_loss(cosine_logits(embedding, candidates, tau), labels, symmetric=False)
+        if targets is None:
+            return None
+        equal = None
+        if self.config.mask_equal and target_ids is not None:
+            equal = target_ids[:, None] == target_ids[None, :]
+        loss = matrix_loss(cosine_logits(embedding, targets, tau), None, self.config.symmetric, equal)
+        # rows and columns are summed, not averaged
+        return 2 * loss if self.config.symmetric else loss
+
+    def _inject_lora(self) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        from gossamer.parts.injection import is_transposed, projections, target_names
+
+        found = projections(self.language_model)
+        settings = LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=target_names(self.language_model),  # type: ignore[arg-type]
+            fan_in_fan_out=any(is_transposed(projection.module) for projection in found),
+        )
+        inject_adapter_in_model(settings, self.language_model)
+
+    def _choose_trained(self) -> None:
+        """Projectors and retrieval token always; of the language model what ``tune`` and ``method`` use."""
+        self.requires_grad_(True)
+        used = self.config.method in ("vlog", "generative")
+        for name, parameter in self.language_model.named_parameters():
+            if self.config.tune == "lora":
+                parameter.requires_grad_(used and "lora_" in name)
+            elif self.config.tune == "frozen" or not used:
+                parameter.requires_grad_(False)
+        if self.config.method == "pool_query" and self.config.tune == "full":
+            self.get_input_embeddings().requires_grad_(True)
+
+
+def spread(count: int, most: int) -> Tensor:
+    """Rows that stand for ``count`` rows: all, or ``most`` of them at even distances, first and last included."""
+    return torch.arange(count) if count <= most else torch.linspace(0, count - 1, most).long()
+
+
+def _text_part(logits: Tensor, spliced: Spliced, attention_mask: Tensor) -> Tensor:
+    """Logits at the tokens' places [b, t, V] in the places that ``attention_mask`` gives them, 0 at its padding."""
+    out = logits.new_zeros(*attention_mask.shape, logits.shape[-1])
+    tokens = spliced.attention_mask.bool() & ~spliced.visual
+    out[attention_mask.bool()] = logits[tokens]
+    return out
+
+
+def _wrapped(name: str) -> str:
+    """Where LoRA keeps the weight ``name`` of a layer that it wraps."""
+    stem, _, leaf = name.rpartition(".")
+    return f"{stem}.base_layer.{leaf}"
