@@ -502,3 +502,19 @@ def test_thresholds_come_from_scores_and_proposals_are_cleaned() -> None:
 
 def test_the_registry_builds_it() -> None:
     assert isinstance(gossamer.system("vlog", **WIDTHS), VLog)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("token", ["eos", "learnable", "pool"])
+def test_a_longer_question_on_kept_keys_and_values_is_the_question_asked_anew(family: str, token: str) -> None:
+    model, rows = built(family, retrieval_token=token), processor()
+    generator = torch.Generator().manual_seed(2)
+    clips = [torch.randn(frames, 12, generator=generator) for frames in (2, 3, 1, 2)]
+    question, prefixes = "Name a colour:", ["red", "say", "water the red flower slowly", "the dog"]
+    first, kept = model.embed_keeping(**rows.inputs(clips, [question] * 4))
+    assert torch.allclose(first, model.embed(**rows.inputs(clips, [question] * 4)), atol=1e-5)
+    longer = rows.continued(question, prefixes)
+    assert longer is not None
+    anew = model.embed(**rows.inputs(clips, [f"{question} {prefix}" for prefix in prefixes]))
+    assert torch.allclose(model.embed_on(kept, **longer), anew, atol=1e-4)
+    assert not torch.allclose(anew, first, atol=1e-2)

@@ -124,12 +124,12 @@ class Narrator:
         found: list[Narrated] = []
         for start in range(0, len(clips), self.batch_size):
             batch = clips[start : start + self.batch_size]
-            vectors = self._embed(batch, [self.question] * len(batch))
+            vectors, kept = self._ask(batch)
             hits = self.index.search(vectors, 1 + self.others, among=scene.among, method=method)
             ends: list[Hit | None] = [None] * len(batch)
             if self.use_postfix and len(self.index.postfixes) > 1:
-                asked = [f"{self.question} {ranked[0].text}" for ranked in hits]
-                ends = [ranked[0] for ranked in self.index.search_postfixes(self._embed(batch, asked))]
+                longer = self._ask_on(kept, batch, [ranked[0].text for ranked in hits])
+                ends = [ranked[0] for ranked in self.index.search_postfixes(longer)]
             found += [self._narrated(ranked, end, scene) for ranked, end in zip(hits, ends, strict=True)]
         return found
 
@@ -145,6 +145,25 @@ class Narrator:
             scene=scene.hit.text if scene.hit else None,
             others=tuple(ranked[1:]),
         )
+
+    @torch.no_grad()
+    def _ask(self, clips: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """Vectors [n, d] for the question, and what spares :meth:`_ask_on` to read clips and question again."""
+        questions = [self.question] * len(clips)
+        keeps = self.use_postfix and getattr(self.model.config, "method", "") == "vlog"
+        if not keeps or not hasattr(self.model, "embed_keeping"):
+            return self._embed(clips, questions), None
+        batch = self.processor.inputs(clips, questions)
+        vectors, kept = self.model.embed_keeping(**{name: value.to(self.model.device) for name, value in batch.items()})
+        return vectors.cpu(), kept
+
+    @torch.no_grad()
+    def _ask_on(self, kept: Any, clips: Sequence[Tensor], prefixes: Sequence[str]) -> Tensor:
+        """Vectors [n, d] for the question with each clip's prefix after it."""
+        more = None if kept is None else self.processor.continued(self.question, prefixes)
+        if more is None:
+            return self._embed(clips, [f"{self.question} {prefix}" for prefix in prefixes])
+        return self.model.embed_on(kept, **{name: value.to(self.model.device) for name, value in more.items()}).cpu()
 
     @torch.no_grad()
     def _embed(self, features: Sequence[Tensor], questions: Sequence[str]) -> Tensor:

@@ -14,8 +14,8 @@ Rows are ``{"image", "text"}``; ``processor`` trains its BPE on the texts it is 
 ``grading`` holds the paper's rewriting prompt with its validator and the rubric (creativity, meaningfulness,
 consistency) for any judge that is a callable; exact grades against scene facts stand in the experiment.
 
-Where this differs: GPT-4o as rewriter and judge is any ``str -> str``; the split of parameters between encoder and
-decoder is chosen here.
+Where this differs: patches and positions start larger than transformers has them (``start_seeing``); GPT-4o as rewriter
+and judge is any ``str -> str``; the split of parameters between encoder and decoder is chosen here.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class NanoVLMs(Architecture):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model: Any = NanoVLMForConditionalGeneration(self._model_config())
+            model.start_seeing()
         share = model.get_input_embeddings().weight.numel() * (1 if options.tied else 2) / model.num_parameters()
         if share > 0.5:
             warnings.warn(

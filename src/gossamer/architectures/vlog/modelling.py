@@ -90,6 +90,15 @@ class VLogOutput(ModelOutput):
     logits: Tensor | None = None
 
 
+@dataclasses.dataclass
+class Kept:
+    """What a pass leaves for a longer question: keys and values, which places count [b, t], the token to put last."""
+
+    cache: Any
+    mask: Tensor
+    retrieval: Tensor | None
+
+
 class VLogModel(PreTrainedModel):
     """See :mod:`gossamer.architectures.vlog`. ``language_model`` is the body, with its head for "generative" only."""
 
@@ -175,6 +184,51 @@ class VLogModel(PreTrainedModel):
             mask = mask.to(padded.device)
             pooled = mean_real(self.frame_adapter(padded, mask) if method == "adapter" else padded, mask)
         return self.out_projector(pooled).float()
+
+    @torch.no_grad()
+    def embed_keeping(
+        self,
+        features: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        feature_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Kept]:
+        """As :meth:`embed` (method "vlog"), with what :meth:`embed_on` needs for the same questions with more words."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        spliced = self._sequence(features, feature_mask, input_ids, mask, retrieval=True)
+        found = self.language_model(**spliced.inputs(), use_cache=True)
+        embedding = self.out_projector(last_real(found.last_hidden_state, spliced.attention_mask)).float()
+        own = int(self.config.retrieval_token != "eos")
+        lengths = spliced.attention_mask.sum(1)
+        # the end of the question and the retrieval token stay in the cache, but later words do not see them
+        places = torch.arange(spliced.attention_mask.shape[1], device=lengths.device)
+        seen = (places < (lengths - 1 - own)[:, None]).to(spliced.attention_mask.dtype)
+        last = spliced.inputs_embeds[torch.arange(len(lengths)), lengths - 1][:, None] if own else None
+        return embedding, Kept(found.past_key_values, seen, last)
+
+    @torch.no_grad()
+    def embed_on(self, kept: Kept, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What :meth:`embed` gives for the same clips and questions with ``input_ids`` [b, t] after them.
+
+        They are ended by EOS and padded on the right. Only the new tokens are computed; ``kept`` serves once.
+        """
+        words = embed_tokens(self.language_model, input_ids)
+        rows = torch.arange(len(words), device=words.device)
+        lengths = attention_mask.sum(1)
+        if kept.retrieval is not None:
+            words = torch.cat([words, torch.zeros_like(kept.retrieval)], dim=1)
+            words[rows, lengths] = kept.retrieval[:, 0]
+            lengths = lengths + 1
+        mask = (torch.arange(words.shape[1], device=words.device) < lengths[:, None]).to(kept.mask.dtype)
+        positions = kept.mask.sum(1, keepdim=True) + torch.arange(words.shape[1], device=words.device)
+        hidden = self.language_model(
+            inputs_embeds=words,
+            attention_mask=torch.cat([kept.mask, mask], dim=1),
+            position_ids=positions * mask,
+            past_key_values=kept.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.out_projector(hidden[rows, lengths - 1]).float()
 
     @torch.no_grad()
     def write(

@@ -147,6 +147,20 @@ class VLogProcessor:
         pairs = zip(features, questions, strict=True)
         return self.collate([{"features": self._thin(rows), "input_ids": self._ids(text)} for rows, text in pairs])
 
+    def continued(self, question: str, words: Sequence[str]) -> dict[str, Tensor] | None:
+        """ids and mask [b, t] of ``words`` after ``question``, ended by EOS; None where a token crosses the seam."""
+        head, ids = self._plain_ids(question), []
+        for text in words:
+            whole = self._ids(f"{question} {text}")
+            if whole[: len(head)] != head:
+                return None
+            ids.append(torch.tensor(whole[len(head) :]))
+        stack = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": stack(ids, batch_first=True, padding_value=float(self.tokenizer.eos_token_id)),
+            "attention_mask": stack([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """One padded batch for the model: features, their mask, ids, their mask, and the answers."""
         frames = [self._standard(example["features"]) for example in examples]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     BlipConfig,
@@ -25,6 +26,17 @@ class Rival(nn.Module):
         super().__init__()
         self.model: Any = {"git": _git, "blip": _blip}[name](vocabulary, image_size, patch_size)
         self.config = self.model.config
+        self._start_seeing()
+
+    @torch.no_grad()
+    def _start_seeing(self) -> None:
+        """Patches and positions start as large as those of nanovlms."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.normal_(0.0, 0.16)  # BLIP's start at zero
+        for key, parameter in self.model.named_parameters():
+            if "position_embedding" in key and "vision_model" in key:
+                parameter.normal_(0.0, 0.2)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pixel_values: Tensor, **kwargs: Any
