@@ -224,7 +224,7 @@ def test_the_generative_baseline_is_the_language_models_loss_and_its_greedy_toke
         wanted = labels[row][real][2:]
         nats += F.cross_entropy(logits[len(visual) + 1 : -1], wanted, reduction="sum").item()
         count += len(wanted)
-    assert float(out.loss) == pytest.approx(nats / count, rel=1e-4)
+    assert out.loss.item() == pytest.approx(nats / count, rel=1e-4)
 
     written = model.write(**batch(), max_new_tokens=4, min_new_tokens=4)
     alone = {name: tensor[1:2] for name, tensor in batch().items()}

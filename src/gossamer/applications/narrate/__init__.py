@@ -210,10 +210,11 @@ class Narrate(Application):
         frames = itertools.islice(video.frames(fps=4.0, size=(112, 112)), round(4 * clips[-1].end))
         path = write_video(folder / "sample.mp4", frames, 4.0)
         narrations = [[clip.start, clip.end, clip.narration] for clip in clips]
-        # without the bare prefixes nothing would be a postfix
-        texts = [{"text": clip.prefix, "scene": video.scene} for clip in clips]
-        other = {"text": "peel a mango slowly", "scene": "orchard"}
-        return [{"video": str(path), "narrations": narrations, "scene": video.scene}, *texts, other], path
+        # without the bare prefixes nothing would be a postfix; the first video of the scene has other doings
+        texts = [{"text": clip.prefix, "scene": video.scene, "video": str(path)} for clip in clips]
+        earlier = {"text": "peel a mango slowly", "scene": video.scene, "video": "earlier"}
+        other = {"text": "pick an apple", "scene": "orchard"}
+        return [earlier, {"video": str(path), "narrations": narrations, "scene": video.scene}, *texts, other], path
 
     @contextlib.contextmanager
     def _open(self, video: Path) -> Iterator[tuple[Work, Cut, Narrator, float]]:

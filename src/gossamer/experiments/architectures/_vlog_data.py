@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,8 @@ def trained(arm: str, options: dict[str, Any], rate: float, seed: int, lab: Lab,
 
     import gossamer
 
-    folder = lab.folder("models") / f"{arm}-{seed}"
+    key = hashlib.sha256(repr((sorted(options.items()), rate, steps, LAYERS, BATCH)).encode()).hexdigest()[:8]
+    folder = lab.folder("models") / f"{arm}-{seed}-{key}"
     if not folder.is_dir():
         model, processor = fresh(options, seed)
         rows = questions(videos("train", lab.quick), halves=bool(options.get("halves")))

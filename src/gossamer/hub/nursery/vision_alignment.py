@@ -10,6 +10,7 @@ with exact targets for each patch in the place of captions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.hub.nursery.vision_data import SceneData
-from gossamer.hub.worlds.draw import masks
+from gossamer.hub.worlds.draw import draw, masks
+from gossamer.hub.worlds.scene import Scene
 from gossamer.hub.worlds.stills import Still
 
 _COVERED = 0.1  # share of a patch that a thing must cover to be named
-_IMAGES, _STEPS, _BATCH, _RATE = 3000, 2000, 1024, 1e-2
+_IMAGES, _STEPS, _BATCH, _RATE = 4000, 2000, 1536, 1e-2
 
 
 def align(
     model: Any, tokenizer: Any, data: SceneData, *, images: int = _IMAGES, steps: int | None = None
 ) -> list[float]:
-    """Fit ``model``'s projector; returns the share of the targets' variance left unexplained, first and last."""
+    """Fit ``model``'s projector; returns the share of the targets' variance left unexplained, first and last.
+
+    A third of each batch are any patches, a third have a thing, a third a glyph.
+    """
     projector = model.model.multi_modal_projector
     numbers = np.random.default_rng([data.spec.seed, 2]).permutation(len(data.rows["train"]))[:_IMAGES].tolist()
     features = data.features("train", numbers).float().flatten(0, 1)
-    targets, covered = _targets(model, tokenizer, data, numbers)
+    targets, parts = _targets(model, tokenizer, data, numbers)
     standardise(projector, features, float(targets.square().mean().sqrt()))
     spread = float(targets.var(0).sum())
     optimizer = torch.optim.AdamW(projector.parameters(), lr=_RATE, weight_decay=0.0)
@@ -40,9 +45,7 @@ def align(
     steps = steps or _STEPS
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = _RATE * min(1.0, (step + 1) / 40) * (1 - step / steps)
-        # half of the batch from patches with a thing, which are a quarter of all
-        drawn = rng.integers(len(features), size=_BATCH // 2), rng.choice(covered, _BATCH // 2)
-        rows = torch.from_numpy(np.concatenate(drawn))
+        rows = torch.from_numpy(np.concatenate([rng.choice(part, _BATCH // len(parts)) for part in parts]))
         loss = (projector(features[rows]) - targets[rows]).square().sum(-1).mean() / spread
         optimizer.zero_grad()
         loss.backward()
@@ -70,26 +73,37 @@ def standardise(projector: Any, features: Tensor, size: float) -> None:
 @torch.no_grad()
 def _targets(
     model: Any, tokenizer: Any, data: SceneData, numbers: list[int]
-) -> tuple[Tensor, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Sums of word embeddings [images * patches, H], and the numbers of the patches with a thing."""
+) -> tuple[Tensor, list[np.ndarray[Any, Any]]]:
+    """Sums of word embeddings [images * patches, H]; the patches: all, those with a thing, those with a glyph."""
     embeddings = model.get_input_embeddings()
     known: dict[tuple[str, ...], Tensor] = {}
     told = [words for number in numbers for words in patch_words(data.stills["train"][number], data.spec.size)]
     for words in set(told):
         ids = [id_ for word in words for id_ in tokenizer(f" {word}", add_special_tokens=False).input_ids]
         known[words] = embeddings(torch.tensor(ids)).float().sum(0)
-    return torch.stack([known[words] for words in told]), np.flatnonzero([len(words) > 1 for words in told])
+    counts = np.array([len(words) for words in told])
+    parts = [np.flatnonzero(counts >= least) for least in (1, 4, 5)]
+    return torch.stack([known[words] for words in told]), [part for part in parts if len(part)]
 
 
 def patch_words(still: Still, size: int, patch: int = 14) -> list[tuple[str, ...]]:
-    """For each patch, row by row, the words that are so of it."""
+    """For each patch, row by row, the words that are so of it; the glyph is named where its plate is."""
     scene, side = still.scene, size // patch
     cover = np.zeros((len(scene.things) + 1, side, side))
     cover[-1] = _COVERED
     for index, mask in masks(scene, size).items():
         cover[index] = mask.reshape(side, patch, side, patch).mean((1, 3))
-    told = [
-        (thing.kind, thing.colour, thing.size, scene.place(thing), *([thing.glyph] if thing.glyph else []))
-        for thing in scene.things
+    plates = _plates(scene, size).reshape(side, patch, side, patch).mean((1, 3)).flatten() > _COVERED
+    told = [(thing.kind, thing.colour, thing.size, scene.place(thing)) for thing in scene.things]
+    glyphs = [(thing.glyph,) if thing.glyph else () for thing in scene.things]
+    return [
+        (*told[index], *(glyphs[index] if plate else ())) if index < len(told) else (scene.background,)
+        for index, plate in zip(cover.argmax(0).flatten(), plates, strict=True)
     ]
-    return [[*told, (scene.background,)][index] for index in cover.argmax(0).flatten()]
+
+
+def _plates(scene: Scene, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Pixels [size, size] that are other ones without the glyphs."""
+    bare = replace(scene, things=tuple(replace(thing, glyph="") for thing in scene.things))
+    pictures = [np.asarray(draw(one, size), np.int16) for one in (scene, bare)]
+    return np.abs(pictures[0] - pictures[1]).max(-1) > 8
