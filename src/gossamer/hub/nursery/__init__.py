@@ -48,7 +48,7 @@ def load_nursery(name: str = "llama-7m") -> tuple[Any, Any]:
     """(model in float32, in evaluation mode; its tokenizer or processor).
 
     A LlamaForCausalLM, or a LlavaForConditionalGeneration for the vision-language models; for a pair of encoders a
-    DualEncoder, whose towers compute in bfloat16, and its tokenizer. Raises what :func:`nursery_folder` raises.
+    DualEncoder, whose towers compute in bfloat16, and its tokenizer; the narrator comes without its vocabulary. Raises what :func:`nursery_folder` raises.
     """
     folder = nursery_folder(name)
     if (folder / "dual_encoder.json").is_file():
@@ -56,6 +56,11 @@ def load_nursery(name: str = "llama-7m") -> tuple[Any, Any]:
 
         pair = open_dual_encoder(folder)
         return pair, pair.text_tower.tokenizer
+    if (folder / f"{name}.vocab").is_dir():
+        from gossamer.hub.nursery.narrator import load_narrator
+
+        narrator, own, _ = load_narrator(folder)
+        return narrator, own
     if (folder / "processor_config.json").is_file():
         from gossamer.hub.nursery.vision import load_vision
 

@@ -10,6 +10,7 @@ from typing import Any
 TRAINERS = {
     "clip-small": "clip:train_clip",
     "llama-7m": "training:train_nursery",
+    "narrator": "narrator:train_narrator",
     "vlm-small": "vision_training:train_vision",
     "vlm-gemma": "vision_training:train_vision",
 }

@@ -31,7 +31,7 @@ class Verb:
 
 @dataclass(frozen=True)
 class Place:
-    """A scene: its backdrop, its ring of events (verb, object), and whether it is kept out of training."""
+    """A scene: its backdrop, its ring of events (verb, object), and whether the sample vocabulary leaves it out."""
 
     layers: tuple[Layer, ...]
     events: tuple[tuple[str, str], ...]
