@@ -48,7 +48,8 @@ def load_nursery(name: str = "llama-7m") -> tuple[Any, Any]:
     """(model in float32, in evaluation mode; its tokenizer or processor).
 
     A LlamaForCausalLM, or a LlavaForConditionalGeneration for the vision-language models; for a pair of encoders a
-    DualEncoder, whose towers compute in bfloat16, and its tokenizer; the narrator comes without its vocabulary. Raises what :func:`nursery_folder` raises.
+    DualEncoder, whose towers compute in bfloat16, and its tokenizer; the narrator comes without its vocabulary.
+    Raises what :func:`nursery_folder` raises.
     """
     folder = nursery_folder(name)
     if (folder / "dual_encoder.json").is_file():

@@ -54,7 +54,7 @@ class VisionSpec:
     wordings: int = 6
     captions: float = 0.2
     blind: float = 0.04
-    steps: int = 2200
+    steps: int = 2600
     batch: int = 16
     rate: float = 3e-3
     weight_decay: float = 0.1
