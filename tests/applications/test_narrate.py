@@ -158,7 +158,7 @@ def test_model_and_vocab_are_taken_from_where_they_are_said_to_be(narrator, vide
     assert narrate(tmp_path / "run", video).rows == narrate(narrator, video).rows
 
 
-def test_fit_builds_the_vocabulary_and_calibrates_the_threshold(narrator, video):
+def test_fit_builds_the_vocabulary_and_calibrates_the_threshold(narrator, video, tmp_path):
     system = Narrate(model=str(narrator))
     before = [tensor.clone() for tensor in system.model.state_dict().values()]
     data = [
@@ -169,7 +169,9 @@ def test_fit_builds_the_vocabulary_and_calibrates_the_threshold(narrator, video)
     assert set(system.vocabulary.narrations()) == {*(f"event {k}" for k in range(30)), "wait"}
     found = system.apply(video)
     assert sum(not row.known for row in found.rows[:30]) in (1, 2, 3)
-    assert found.threshold == system.threshold
+    assert found.threshold == system.threshold == system.vocabulary.threshold
+    system.vocabulary.save(tmp_path / "fitted.vocab")
+    assert Narrate(model=str(narrator), vocab=str(tmp_path / "fitted.vocab")).threshold == found.threshold
     after = system.model.state_dict().values()
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 

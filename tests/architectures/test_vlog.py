@@ -14,8 +14,9 @@ from transformers import AutoModel, AutoProcessor, GPT2Config, GPT2LMHeadModel
 
 import gossamer
 from gossamer.architectures.vlog import VLog
+from gossamer.architectures.vlog.configuration import VLogConfig
 from gossamer.architectures.vlog.frame_adapter import FrameAdapter, sine_positions
-from gossamer.architectures.vlog.modelling import VLogConfig, VLogModel, spread
+from gossamer.architectures.vlog.modeling import VLogModel, spread
 from gossamer.architectures.vlog.processing import VLogProcessor
 from gossamer.core.errors import InputError, OptionError
 from gossamer.parts.narration import Clip, Narrator, calibrate, clip_rows, instructions, narrate_features, propose
@@ -506,10 +507,13 @@ def test_the_registry_builds_it() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("token", ["eos", "learnable", "pool"])
-def test_a_longer_question_on_kept_keys_and_values_is_the_question_asked_anew(family: str, token: str) -> None:
+@pytest.mark.parametrize("lengths", [(2, 3, 1, 2), (2, 2, 2, 2)])
+def test_a_longer_question_on_kept_keys_and_values_is_the_question_asked_anew(
+    family: str, token: str, lengths: tuple[int, ...]
+) -> None:
     model, rows = built(family, retrieval_token=token), processor()
     generator = torch.Generator().manual_seed(2)
-    clips = [torch.randn(frames, 12, generator=generator) for frames in (2, 3, 1, 2)]
+    clips = [torch.randn(frames, 12, generator=generator) for frames in lengths]
     question, prefixes = "Name a colour:", ["red", "say", "water the red flower slowly", "the dog"]
     first, kept = model.embed_keeping(**rows.inputs(clips, [question] * 4))
     assert torch.allclose(first, model.embed(**rows.inputs(clips, [question] * 4)), atol=1e-5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from gossamer.parts.narration_pairs import clean, join, narration_pairs, normali
 # few words, so that lists are full of prefixes of one another; "\x01" sorts before the blank, "ab" begins with "a"
 WORDS = st.sampled_from(["a", "ab", "b", "c", "a\x01", "ü"])
 NARRATIONS = st.lists(st.lists(WORDS, min_size=1, max_size=5).map(" ".join), min_size=1, max_size=30)
+FOLDOC = Path("/usr/share/dictd/foldoc.index")
 
 
 def naive(narrations: list[str], min_count: int = 1) -> tuple[set[str], set[str]]:
@@ -63,6 +66,7 @@ def test_counts_are_those_of_the_list_and_no_prefix_is_made_of_others(narrations
         assert not others
 
 
+@functools.cache
 def corpus(name: str) -> list[str]:
     if name == "procedural":
         from gossamer.hub.worlds.events import narrations
@@ -70,6 +74,11 @@ def corpus(name: str) -> list[str]:
         return list(narrations())
     if name == "docstrings":
         return [row["completion"].strip() for row in load_corpus("python_functions", limit=4000).rows]
+    if name == "foldoc":
+        if not FOLDOC.exists():
+            pytest.skip(f"{FOLDOC} is not there: apt-get install dict-foldoc")
+        definitions = [row["text"] for split in ("train", "test") for row in load_corpus("foldoc", split=split).rows]
+        return [sentence for text in definitions for sentence in text.split(". ") if sentence.strip()]
     if name == "unicode names":
         return [name for name in (unicodedata.name(chr(code), "") for code in range(0x20000)) if name]
     from pydoc_data.topics import topics
@@ -77,7 +86,7 @@ def corpus(name: str) -> list[str]:
     return [sentence for text in topics.values() for sentence in text.split(". ") if sentence.strip()]
 
 
-@pytest.mark.parametrize("name", ["procedural", "docstrings", "unicode names", "manual"])
+@pytest.mark.parametrize("name", ["procedural", "docstrings", "foldoc", "unicode names", "manual"])
 def test_the_invariant_holds_on_real_corpora(name: str) -> None:
     texts = corpus(name)
     pairs = narration_pairs(texts)
@@ -86,16 +95,14 @@ def test_the_invariant_holds_on_real_corpora(name: str) -> None:
     assert pairs.postfixes
 
 
+@pytest.mark.parametrize("name", ["procedural", "docstrings", "foldoc"])
 @settings(max_examples=30, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(1, 4))
-def test_the_invariant_holds_on_any_sample_of_docstring_lines_cut_short(rng: random.Random, min_count: int) -> None:
-    lines = rng.sample(DOCSTRINGS, 60)
+@given(rng=st.randoms(use_true_random=False), min_count=st.integers(1, 4))
+def test_the_invariant_holds_on_any_sample_of_lines_cut_short(name: str, rng: random.Random, min_count: int) -> None:
+    lines = rng.sample(corpus(name), 60)
     texts = [" ".join(line.split()[: rng.randint(1, 6)]) for line in lines for _ in range(4)]
     pairs = narration_pairs(texts, min_count=min_count)
     assert all(join(*pairs.encode(text)) == text for text in texts)
-
-
-DOCSTRINGS = corpus("docstrings")
 
 
 def test_the_papers_example_and_the_literal_box_that_loses_it() -> None:

@@ -122,6 +122,7 @@ def _tell(index: Any, name: str, as_json: bool) -> None:
         "scenes": len(index.scenes),
         "encoder": index.encoder["name"],
         "fingerprint": index.encoder["fingerprint"],
+        "threshold": "of the model" if index.threshold is None else index.threshold,
     }
     if as_json:
         lists = {"prefixes": index.prefixes, "postfixes": index.postfixes[1:], "scenes": index.scenes}

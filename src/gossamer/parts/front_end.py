@@ -96,11 +96,12 @@ class Spliced:
     labels: Tensor | None = None
 
     def inputs(self) -> dict[str, Tensor]:
-        """Keywords for the model's forward; labels are among them where there are any."""
+        """Keywords for the model's forward; a mask and positions only where rows are padded."""
+        padded = not bool(self.attention_mask.all())
         values = {
             "inputs_embeds": self.inputs_embeds,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask if padded else None,
+            "position_ids": self.position_ids if padded else None,
             "labels": self.labels,
         }
         return {key: value for key, value in values.items() if value is not None}
@@ -143,6 +144,14 @@ def splice(
         visual=_pad(seen, False, side),
         labels=_pad(marked, IGNORED, side) if labels is not None else None,
     )
+
+
+def unpadded(embeds: Tensor, visual: slice) -> Spliced:
+    """Rows [b, t, H] that are joined already and of one length, with visual tokens at the places ``visual``."""
+    mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+    seen = torch.zeros_like(mask, dtype=torch.bool)
+    seen[:, visual] = True
+    return Spliced(embeds, mask, positions(mask), seen)
 
 
 def embed_tokens(model: Any, ids: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class NarrationIndex:
     """Texts and vectors [n, d] float32 of prefixes and postfixes (the first postfix is empty), videos by scene.
 
     ``anywhere`` holds rows that are candidates of every video, ``counts`` how often a (prefix, postfix) was seen.
+    ``threshold`` is the score below which a clip is out of this vocabulary, where that was calibrated on it.
     """
 
     encoder: dict[str, Any]
@@ -99,6 +100,7 @@ class NarrationIndex:
     videos: list[Video] = field(default_factory=list)
     anywhere: list[int] = field(default_factory=list)
     counts: Counter[tuple[int, int]] = field(default_factory=Counter)
+    threshold: float | None = None
     _file: InvertedFile | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -281,6 +283,7 @@ class NarrationIndex:
                     "postfixes": self.postfixes,
                     "scenes": self.scenes,
                     "videos": [[video.name, places[video.scene], video.added] for video in self.videos],
+                    "threshold": self.threshold,
                 },
             )
 
@@ -306,6 +309,7 @@ class NarrationIndex:
                 ],
                 tensors["anywhere"].tolist(),
                 Counter({(p, s): n for p, s, n in tensors["counts"].tolist()}),
+                meta.get("threshold"),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(

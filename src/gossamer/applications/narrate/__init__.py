@@ -75,7 +75,6 @@ class Narrate(Application):
     config_class = NarrateConfig
     config: NarrateConfig
     _vocabulary: NarrationIndex | None = None
-    _threshold: float | None = None
 
     @property
     def model(self) -> Any:
@@ -101,8 +100,8 @@ class Narrate(Application):
 
     @property
     def threshold(self) -> float:
-        """Of the option, else what :meth:`fit` calibrated, else the model's own; -1 (all known) where there is none."""
-        found = (self.config.threshold, self._threshold, getattr(self.model.config, "oov_threshold", None))
+        """Of the option, else the vocabulary's (see :meth:`fit`), else the model's own; -1 (all known) without any."""
+        found = (self.config.threshold, self.vocabulary.threshold, getattr(self.model.config, "oov_threshold", None))
         return next((float(value) for value in found if value is not None), -1.0)
 
     def fit(self, data: Iterable[Mapping[str, Any]]) -> Narrate:
@@ -126,7 +125,7 @@ class Narrate(Application):
                     self.model, self.processor, self._vocabulary, self.processor.features(row["video"]), spans
                 )
                 scores += [one.score for one in found]
-        self._threshold = calibrate(scores) if scores else None
+        self._vocabulary.threshold = calibrate(scores) if scores else None
         return self
 
     def check(self, inputs: Any, **_: Any) -> None:

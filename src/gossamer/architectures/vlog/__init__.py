@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from gossamer.architectures.vlog.modelling import VLogConfig, VLogModel
+from gossamer.architectures.vlog.configuration import VLogConfig
+from gossamer.architectures.vlog.modeling import VLogModel
 from gossamer.architectures.vlog.processing import VLogProcessor
 from gossamer.core.card import Card
 from gossamer.core.errors import InputError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from gossamer.architectures.vlog.modelling import spread
+from gossamer.architectures.vlog.modeling import spread
 from gossamer.core.errors import InputError
 from gossamer.core.paths import cache_dir, write_json
 from gossamer.parts.dual_encoder import FeatureCache, same_encoder
@@ -68,6 +68,8 @@ class VLogProcessor:
         self.text_encoder = dict(text_encoder) if text_encoder else None
         self.feature_mean, self.feature_scale = feature_mean, feature_scale
         self._encoder: Any = None
+        self._known_ids: dict[str, list[int]] = {}
+        self._scaling: tuple[Tensor, Tensor] | None = None
 
     @property
     def encoder(self) -> Any:
@@ -254,6 +256,7 @@ class VLogProcessor:
         least = 0.1 * float(deviation.mean()) or 1.0
         self.feature_mean = [round(value, 4) for value in features.mean(0).tolist()]
         self.feature_scale = [round(value, 4) for value in deviation.clamp(min=least).tolist()]
+        self._scaling = None
 
     def _standard(self, features: Tensor) -> Tensor:
         if self.feature_mean is None or self.feature_scale is None:
@@ -262,7 +265,9 @@ class VLogProcessor:
             raise InputError(
                 "vlog: features", must=f"be {len(self.feature_mean)} wide, as in training", got=features.shape[-1]
             )
-        return (features.float() - torch.tensor(self.feature_mean)) / torch.tensor(self.feature_scale)
+        if self._scaling is None:
+            self._scaling = torch.tensor(self.feature_mean), torch.tensor(self.feature_scale)
+        return (features.float() - self._scaling[0]) / self._scaling[1]
 
     def _thin(self, features: Tensor) -> Tensor:
         return features[spread(len(features), self.max_frames)]
@@ -280,7 +285,9 @@ class VLogProcessor:
         return [*ids, self.tokenizer.eos_token_id]
 
     def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if text not in self._known_ids:
+            self._known_ids[text] = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known_ids[text]
 
 
 def _read_features(path: Path) -> Any:

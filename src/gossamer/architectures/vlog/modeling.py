@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import ModelOutput
 
+from gossamer.architectures.vlog.configuration import VLogConfig
 from gossamer.architectures.vlog.frame_adapter import FrameAdapter
-from gossamer.core.errors import InputError, OptionError
+from gossamer.core.errors import InputError
 from gossamer.parts.contrastive import cosine_logits, matrix_loss
 from gossamer.parts.front_end import (
     IGNORED,
@@ -22,63 +24,10 @@ from gossamer.parts.front_end import (
     last_real,
     mean_real,
     splice,
+    unpadded,
 )
 
-METHODS = ("vlog", "generative", "mean_pool", "pool_query", "adapter")
-RETRIEVAL_TOKENS = ("eos", "learnable", "pool")
-TUNE = ("full", "lora", "frozen")
 RANK, ALPHA = 16, 32  # of tune="lora"
-
-
-class VLogConfig(PretrainedConfig):
-    """Shape, method, loss, and the thresholds of narrating.
-
-    ``oov_threshold`` and ``postfix_threshold`` are cosines: below the first a clip is out of
-    vocabulary, below the second no postfix is added; None for no threshold.
-    """
-
-    model_type = "vlog"
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
-
-    def __init__(
-        self,
-        text_config: Any = None,
-        *,
-        image_width: int = 768,
-        text_width: int = 384,
-        method: str = "vlog",
-        retrieval_token: str = "pool",
-        visual_tokens: int = 1,
-        max_frames: int = 128,
-        markers: bool = False,
-        tau: float = 0.05,
-        symmetric: bool = True,
-        mask_equal: bool = True,
-        tune: str = "full",
-        oov_threshold: float | None = None,
-        postfix_threshold: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        for name, value, choices in (
-            ("method", method, METHODS), ("retrieval_token", retrieval_token, RETRIEVAL_TOKENS), ("tune", tune, TUNE),
-        ):  # fmt: skip
-            if value not in choices:
-                raise OptionError(f"vlog.{name}", must=f"be one of {choices}", got=repr(value))
-        if text_config is None:
-            text_config = AutoConfig.for_model("gpt2")
-        elif isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
-        self.image_width, self.text_width = image_width, text_width
-        self.method, self.retrieval_token, self.visual_tokens = method, retrieval_token, visual_tokens
-        self.max_frames, self.markers = max_frames, markers
-        self.tau, self.symmetric, self.mask_equal = tau, symmetric, mask_equal
-        self.tune = tune
-        self.oov_threshold, self.postfix_threshold = oov_threshold, postfix_threshold
-        super().__init__(**kwargs)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
-        return self.text_config
 
 
 @dataclasses.dataclass
@@ -92,10 +41,11 @@ class VLogOutput(ModelOutput):
 
 @dataclasses.dataclass
 class Kept:
-    """What a pass leaves for a longer question: keys and values, which places count [b, t], the token to put last."""
+    """What a pass leaves for a longer question: keys and values, which places of them count [b, t] (None: all), and the
+    token to put last [b, 1, H]."""
 
     cache: Any
-    mask: Tensor
+    mask: Tensor | None
     retrieval: Tensor | None
 
 
@@ -200,10 +150,15 @@ class VLogModel(PreTrainedModel):
         embedding = self.out_projector(last_real(found.last_hidden_state, spliced.attention_mask)).float()
         own = int(self.config.retrieval_token != "eos")
         lengths = spliced.attention_mask.sum(1)
-        # the end of the question and the retrieval token stay in the cache, but later words do not see them
-        places = torch.arange(spliced.attention_mask.shape[1], device=lengths.device)
-        seen = (places < (lengths - 1 - own)[:, None]).to(spliced.attention_mask.dtype)
+        count = spliced.attention_mask.shape[1]
         last = spliced.inputs_embeds[torch.arange(len(lengths)), lengths - 1][:, None] if own else None
+        # later words do not see the end of the question and the retrieval token
+        plain = all(type(layer) is DynamicLayer for layer in found.past_key_values.layers)
+        if plain and bool((lengths == count).all()):
+            found.past_key_values.crop(-1 - own)
+            return embedding, Kept(found.past_key_values, None, last)
+        places = torch.arange(count, device=lengths.device)
+        seen = (places < (lengths - 1 - own)[:, None]).to(spliced.attention_mask.dtype)
         return embedding, Kept(found.past_key_values, seen, last)
 
     @torch.no_grad()
@@ -219,14 +174,14 @@ class VLogModel(PreTrainedModel):
             words = torch.cat([words, torch.zeros_like(kept.retrieval)], dim=1)
             words[rows, lengths] = kept.retrieval[:, 0]
             lengths = lengths + 1
-        mask = (torch.arange(words.shape[1], device=words.device) < lengths[:, None]).to(kept.mask.dtype)
-        positions = kept.mask.sum(1, keepdim=True) + torch.arange(words.shape[1], device=words.device)
+        counted: dict[str, Tensor] = {}
+        if kept.mask is not None:
+            mask = (torch.arange(words.shape[1], device=words.device) < lengths[:, None]).to(kept.mask.dtype)
+            positions = kept.mask.sum(1, keepdim=True) + torch.arange(words.shape[1], device=words.device)
+            counted = {"attention_mask": torch.cat([kept.mask, mask], dim=1), "position_ids": positions * mask}
+        # without a mask the padding on the right is computed, and seen by nothing
         hidden = self.language_model(
-            inputs_embeds=words,
-            attention_mask=torch.cat([kept.mask, mask], dim=1),
-            position_ids=positions * mask,
-            past_key_values=kept.cache,
-            use_cache=True,
+            inputs_embeds=words, past_key_values=kept.cache, use_cache=True, **counted
         ).last_hidden_state
         return self.out_projector(hidden[rows, lengths - 1]).float()
 
@@ -319,18 +274,21 @@ class VLogModel(PreTrainedModel):
     ) -> Spliced:
         """[visual][query][EOS][retrieval token], packed, padded on ``side``."""
         visual = self._visual(features, feature_mask)
-        real = attention_mask.bool()
-        words = [row[keep] for row, keep in zip(embed_tokens(self.language_model, input_ids), real, strict=True)]
-        blocks, places = [], []
-        for block, row in zip(visual, words, strict=True):
-            tokens = block
-            if hasattr(self, "visual_markers"):
-                tokens = torch.cat([self.visual_markers[:1], block, self.visual_markers[1:]])
-            last = self._retrieval_token(block) if retrieval else None
-            blocks.append([tokens] if last is None else [tokens, last])
-            places.append([0] if last is None else [0, len(row)])
-        kept = None if labels is None else [row[keep] for row, keep in zip(labels, real, strict=True)]
-        spliced = splice(words, blocks, places=places, labels=kept, side=side)
+        last = [self._retrieval_token(block) for block in visual] if retrieval else [None] * len(visual)
+        if hasattr(self, "visual_markers"):
+            visual = [torch.cat([self.visual_markers[:1], block, self.visual_markers[1:]]) for block in visual]
+        embedded = embed_tokens(self.language_model, input_ids)
+        if labels is None and bool(attention_mask.all()) and len({len(block) for block in visual}) == 1:
+            parts = [torch.stack(visual).to(embedded), embedded]
+            parts += [torch.stack([token for token in last if token is not None])] if last[0] is not None else []
+            spliced = unpadded(torch.cat(parts, dim=1), visual=slice(visual[0].shape[0]))
+        else:
+            real = attention_mask.bool()
+            words = [row[keep] for row, keep in zip(embedded, real, strict=True)]
+            blocks = [[one] if end is None else [one, end] for one, end in zip(visual, last, strict=True)]
+            places = [[0] if end is None else [0, len(row)] for end, row in zip(last, words, strict=True)]
+            kept = None if labels is None else [row[keep] for row, keep in zip(labels, real, strict=True)]
+            spliced = splice(words, blocks, places=places, labels=kept, side=side)
         limit = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
         length = spliced.attention_mask.shape[1]
         if limit is not None and length > limit:
@@ -352,15 +310,19 @@ class VLogModel(PreTrainedModel):
         """For each row its visual tokens [n_i * visual_tokens, H]; at most ``max_frames`` frames."""
         if features.dim() != 3:
             raise InputError("vlog: features", must="be [rows, frames, width]", got=tuple(features.shape))
-        rows = list(features) if mask is None else [row[keep] for row, keep in zip(features, mask.bool(), strict=True)]
+        if mask is None or bool(mask.all()):
+            rows = list(features)
+        else:
+            rows = [row[keep] for row, keep in zip(features, mask.bool(), strict=True)]
         for number, row in enumerate(rows):
             if len(row) == 0:
                 raise InputError(f"vlog: row {number}", must="have at least one frame", got="none")
-        rows = [row[spread(len(row), self.config.max_frames).to(row.device)] for row in rows]
+        most = self.config.max_frames
+        rows = [row if len(row) <= most else row[spread(len(row), most).to(row.device)] for row in rows]
         packed = torch.cat(rows)
         if not torch.isfinite(packed).all():
             raise InputError("vlog: features", must="be finite", got="NaN or infinity", do="compute them again")
-        tokens = self.in_projector(packed.to(next(self.in_projector.parameters()).dtype))
+        tokens = self.in_projector(packed.to(self.dtype))
         return list(tokens.split([len(row) * self.config.visual_tokens for row in rows]))
 
     def _loss(
