@@ -22,7 +22,6 @@ batch exit one by one; the rate is set for small gates (paper: 6e-5, batches of 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.acceleration.dyvte.gates import Gates, gate_input
 from gossamer.acceleration.dyvte.removal import passes
@@ -39,6 +38,7 @@ from gossamer.core.errors import InputError, OptionError
 from gossamer.core.options import Config, option
 from gossamer.kinds.acceleration import Acceleration
 from gossamer.kinds.base import FittedSystem, State
+from gossamer.kinds.objectives import without_dropout
 from gossamer.parts.fingerprint import fingerprint
 from gossamer.parts.selection_costs import costs
 from gossamer.parts.token_layouts import Layout
@@ -126,7 +126,7 @@ class DyVTE(FittedSystem, Acceleration):
         width = self.config.gate_width or min(2048, decoder.config.hidden_size)
         generator = torch.Generator().manual_seed(self.seed)
         gates = Gates(layers, decoder.config.hidden_size, width, generator).to(bundle.model.device)
-        with _evaluating(bundle.model):
+        with without_dropout(bundle.model):
             self._train(gates, decoder, rows, bundle.processor, generator)
         return State({name: tensor.detach().cpu() for name, tensor in gates.state_dict().items()}, {"layers": layers})
 
@@ -144,7 +144,7 @@ class DyVTE(FittedSystem, Acceleration):
         assert self._gates is not None, "fit it first"
         decoder = Decoder(bundle.model)
         counts = torch.zeros(len(decoder.layers) - 1, 2, 2, dtype=torch.long)
-        with _evaluating(bundle.model):
+        with without_dropout(bundle.model):
             for passed in passes(decoder, rows, bundle.processor, batch_size):
                 for done in range(1, len(decoder.layers)):
                     labels = passed.labels(done, self.config.agree, self.config.loss_ratio)
@@ -164,7 +164,7 @@ class DyVTE(FittedSystem, Acceleration):
         masses = torch.zeros(4, layers, dtype=torch.float64)
         ends = torch.zeros(2, layers + 1, dtype=torch.float64)
         count = 0
-        with _evaluating(bundle.model):
+        with without_dropout(bundle.model):
             for passed in passes(decoder, rows, bundle.processor, batch_size):
                 count += len(passed.run.image)
                 for layer in range(layers):
@@ -222,18 +222,6 @@ class DyVTE(FittedSystem, Acceleration):
 
     def _exits(self, done: int, hidden: Tensor, layout: Layout, run: Run) -> Tensor:
         return self.chances(done, hidden, layout, run) > self.config.threshold
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each module's own mode outside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _drawn(rows: Sequence[Any], size: int, generator: torch.Generator) -> Iterator[list[Any]]:
