@@ -16,6 +16,7 @@ import gossamer.hub.nursery
 from gossamer.core.errors import InputError, OptionError
 from gossamer.hub.nursery import (
     load_nursery,
+    nursery_models,
     vision,
     vision_alignment,
     vision_build,
@@ -116,17 +117,33 @@ def load_nursery_folder(folder: Path) -> tuple[Any, Any]:
     return model, processor
 
 
-def test_a_killed_run_goes_on_exactly(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entire = train_vision("tiny", spec=TINY, out=cache / "whole")
+@pytest.mark.parametrize("restart", [0, 3, 5])
+def test_a_killed_run_goes_on_exactly(cache: Path, monkeypatch: pytest.MonkeyPatch, restart: int) -> None:
+    spec = replace(TINY, restart=restart)
+    entire = train_vision("tiny", spec=spec, out=cache / "whole")
     monkeypatch.setenv("GOSSAMER_CACHE", str(cache / "other"))
     torch.manual_seed(99)
-    assert train_vision("tiny", spec=TINY, out=cache / "resumed", stop_after=3)["steps"] == 3
+    assert train_vision("tiny", spec=spec, out=cache / "resumed", stop_after=3)["steps"] == 3
     assert not (cache / "resumed").exists()
     torch.manual_seed(5)
-    resumed = train_vision("tiny", spec=TINY, out=cache / "resumed")
+    resumed = train_vision("tiny", spec=spec, out=cache / "resumed")
     assert resumed["curve"] == entire["curve"]
     first, second = (load_file(cache / name / "language.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_the_rate_rises_again_at_a_restart(cache: Path) -> None:
+    made = trainer(replace(TINY, steps=60, restart=40), cache)
+    rates = [made._rate(step) for step in range(60)]
+    assert max(rates) == rates[0] == rates[40] == TINY.rate
+    assert rates[1:40] == sorted(rates[1:40], reverse=True)
+    assert rates[39] < 0.03 * TINY.rate
+    before = made.optimizers
+    made.step = 40
+    made.advance()
+    assert made.optimizers is not before
+    # none, or not within the run
+    assert len({trainer(replace(TINY, restart=at), cache)._rate(5) for at in (0, 8, 99)}) == 1
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(cache: Path) -> None:
@@ -287,3 +304,16 @@ def test_a_model_that_is_not_there_is_told(cache: Path) -> None:
         load_nursery("vlm-gemma")
     with pytest.raises(OptionError, match="nursery model: must be a known name"):
         train_vision("vlm-huge")
+
+
+def test_the_committed_model_answers() -> None:
+    assert "vlm-small" in nursery_models()
+    report = json.loads((FOLDER / "vlm-small/training.json").read_text())
+    assert report["command"].startswith("python -m gossamer.hub.nursery.train vlm-small")
+    assert report["held_out"]["test"]["exact"] > 0.85
+    assert sum(path.stat().st_size for path in (FOLDER / "vlm-small").iterdir()) < 12 * 2**20
+    model, processor = load_nursery("vlm-small")
+    asked = [(still.image(112), turn) for still in still_scenes("test", 12) for turn in still.questions][:40]
+    told = answers(model, processor, [image for image, _ in asked], [turn.text for _, turn in asked], batch=40)
+    right = sum(given == turn.answer for given, (_, turn) in zip(told, asked, strict=True))
+    assert right >= 32

@@ -4,6 +4,7 @@ Clips a second: the sample narrator against its own language model writing the s
 taking turns, medians over rounds. The writer has the narrator's weights, the untrained head that generation needs, and
 is made to write as many tokens as the true narration has, and its end token; a batch goes on until its longest is done.
 Its time does not depend on what it writes. Features and the vocabulary's vectors are there before the clock starts.
+Both compute in bfloat16, as the weights are kept, and again in float32; the targets are bfloat16's, clip by clip.
 
 Search: prefixes of the sample world among distractors, each embedded by the text encoder; hierarchical search counts
 its scene search and the gathering of candidates, once a video. A file: 10 minutes at 360p, one process, from the
@@ -83,12 +84,14 @@ def clips_a_second(quick: bool, log: Log) -> tuple[str, Rows, Rows]:
         features = [clip for video in told for clip in _features(video, narrate.encoder)]
         index = NarrationIndex.build(_vocabulary(event_videos("train", 60), length), narrate.encoder)
         counts = [len(narrate.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        for batch in (1, 16):
-            row = _speed(narrate, index, features, counts, batch, quick)
-            rows.append({"narrations": length, "mean tokens": statistics.fmean(counts), "batch": batch, **row})
+        for dtype, batch in itertools.product((torch.bfloat16, torch.float32), (1, 16)):
+            model = copy.deepcopy(narrate.model).to(dtype)
+            row = _speed(model, narrate.processor, index, features, counts, batch, quick)
+            named = {"narrations": length, "mean tokens": statistics.fmean(counts), "in": str(dtype), "batch": batch}
+            rows.append({**named, **row})
             log(json.dumps(rows[-1]))
         for name in ("prefix", "prefix + postfix"):
-            ratio = rows[-2][f"{name}: times as fast"]
+            ratio = rows[-4][f"{name}: times as fast"]
             text = (
                 f"{length} narrations (mean {statistics.fmean(counts):.1f} tokens), {name}, clip by clip: times as fast"
             )
@@ -168,16 +171,22 @@ def pair_encoding(quick: bool, log: Log) -> tuple[str, Rows, Rows]:
 
 
 def _speed(
-    narrate: Narrate, index: NarrationIndex, features: list[Tensor], counts: list[int], batch: int, quick: bool
+    model: Any,
+    processor: Any,
+    index: NarrationIndex,
+    features: list[Tensor],
+    counts: list[int],
+    batch: int,
+    quick: bool,
 ) -> dict[str, float]:
     """Medians of clips a second of the three ways over the same clips, which take turns."""
-    writer = _writer(narrate.model)
-    short, whole = (Narrator(narrate.model, narrate.processor, index, use_postfix=both) for both in (False, True))
+    writer = _writer(model)
+    short, whole = (Narrator(model, processor, index, use_postfix=both) for both in (False, True))
     scene = short.scene(torch.cat(features[:32]))
     parts = [slice(at, at + batch) for at in range(0, len(features) - batch + 1, batch)][: 4 if quick else 24]
 
     def written(part: slice) -> None:
-        inputs = narrate.processor.inputs(features[part], [short.question] * batch)
+        inputs = processor.inputs(features[part], [short.question] * batch)
         tokens = 1 + max(counts[part])
         writer.write(**inputs, max_new_tokens=tokens, min_new_tokens=tokens)
 

@@ -19,7 +19,9 @@ mini < base < large on long texts; the blind model fluent and wrong; all patches
 places.
 
 All encoders start with larger patches and positions than transformers gives them; a first run without that left the
-class token blind after 1,200 steps (precision 0.116, with another picture 0.112).
+class token blind after 1,200 steps of AdamW (precision 0.116, with another picture 0.112), and with it the class token
+had just begun to see (0.209 and 0.101). Muon for the matrices, in all arms, stands for a longer run: with all patches,
+after 200 steps, its held-out loss is 1.21 (with another picture 1.41), AdamW's 1.29 (1.35).
 
 Smaller than the paper: 64 pixels in patches of 8 or 16, a vocabulary of about a thousand tokens (so the presets are
 smaller than their names say), minutes of training on two cores, one seed; intervals are over scenes.
@@ -39,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.experiments.lab import Conclusion, Lab, MustSee, Results
+from gossamer.parts.muon import muon
 
 SEEDS = (0,)
 ARMS: dict[str, dict[str, Any]] = {
@@ -51,8 +54,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "base_long": {"preset": "base", "length": "long", "patch_size": 16},
     "large_long": {"preset": "large", "length": "long", "patch_size": 16},
 }
-SIZE, BATCH, RATE, VOCABULARY, GIVEN = 64, 32, 1e-3, 1200, 3
-STEPS = {"short": 1200, "long": 350}
+SIZE, BATCH, RATE, VOCABULARY, GIVEN = 64, 32, 2e-3, 1200, 3
+STEPS = {"short": 1600, "long": 500}
 TRAIN, TEST = 8000, 240
 QUICK: dict[str, Any] = {"steps": {"short": 6, "long": 3}, "train": 64, "test": 8}
 ASPECTS = ("kind", "colour", "count", "place")
@@ -150,7 +153,6 @@ def _trained(options: dict[str, Any], seed: int, lab: Lab, world: dict[str, Any]
     from gossamer.architectures.nanovlms import NanoVLMs
     from gossamer.architectures.nanovlms.processing import train_tokenizer
     from gossamer.objectives.own_loss import OwnLoss
-    from gossamer.optimizers.adamw import AdamW
     from gossamer.parts.fingerprint import fingerprint
     from gossamer.parts.training import TrainSettings, train
 
@@ -172,11 +174,26 @@ def _trained(options: dict[str, Any], seed: int, lab: Lab, world: dict[str, Any]
     name = "-".join(str(value) for value in options.values())
     texts = hashlib.sha256("".join(row["text"] for row in rows).encode()).hexdigest()[:8]
     done = train(
-        model, processor, rows, objective=OwnLoss(), optimizer=AdamW(lr=RATE, weight_decay=0.05), settings=settings,
+        model, processor, rows, objective=OwnLoss(), optimizer=_Muon(model), settings=settings,
         folder=lab.folder("training", f"{name}-{seed}-{fingerprint(model)}-{texts}"),
     )  # fmt: skip
     lab.log(f"{name}: loss {done.curve[0][1]:.2f} to {done.curve[-1][1]:.2f} in {done.seconds:.0f} s")
     return model.eval(), processor, done.seconds
+
+
+class _Muon:
+    """What the trainer wants of an optimizer, for all of ``model``."""
+
+    name = f"muon at {RATE}"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def build(self, params: Any) -> torch.optim.Optimizer:
+        return muon(self.model, RATE, weight_decay=0.05)
+
+    def callbacks(self, model: nn.Module, objective: Any) -> list[Any]:
+        return []
 
 
 def _rival(name: str, vocabulary: int, patch: int) -> Any:

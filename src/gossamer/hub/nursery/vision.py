@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from gossamer.core.errors import InputError
@@ -98,7 +98,8 @@ def save_language(model: LlavaForConditionalGeneration, processor: Any, folder: 
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    save_file(state, folder / LANGUAGE, metadata={"format": "pt"})
+    # save_file would make a file that only its owner may read
+    (folder / LANGUAGE).write_bytes(save(state, metadata={"format": "pt"}))
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ class VisionSpec:
     ``tower_layer`` is a hidden state of the tower (0 = its embeddings). Halfway up, linear probes of four patches read
     shapes, colours and glyphs best: 94, 93 and 82 %, against 78, 84 and 54 % at the end. ``turns`` questions of an
     image are drawn for a row, and with chance ``captions`` a caption besides; ``wordings`` sets of questions are asked
-    of each training image. ``blind`` is the share of rows that get zeros for the picture. ``lora`` is the rank on a
-    pretrained base; 0 trains it all.
+    of each training image. ``blind`` is the share of rows that get zeros for the picture. At step ``restart`` (0: at
+    none) the rate goes up again and the optimizers start anew. ``lora`` is the rank on a pretrained base; 0 trains all.
     """
 
     base: str = ""
@@ -54,7 +54,8 @@ class VisionSpec:
     wordings: int = 6
     captions: float = 0.2
     blind: float = 0.04
-    steps: int = 2600
+    steps: int = 4600
+    restart: int = 2600
     batch: int = 16
     rate: float = 3e-3
     weight_decay: float = 0.1

@@ -42,7 +42,7 @@ CAPTION = "caption"
 Turn = tuple[str, str, str]  # kind, question, answer
 SPECS = {
     "vlm-small": VisionSpec(),
-    "vlm-gemma": VisionSpec(base="gemma-3-270m", lora=16, steps=400, batch=8, rate=1e-3, captions=0.0),
+    "vlm-gemma": VisionSpec(base="gemma-3-270m", lora=16, steps=400, restart=0, batch=8, rate=1e-3, captions=0.0),
 }
 
 
@@ -166,6 +166,8 @@ class _Trainer:
     def advance(self) -> None:
         """One optimizer step."""
         started = time.perf_counter()
+        if self.step and self.step == self.spec.restart:
+            self.optimizers = optimizers(self.spec, self.trained)
         batch = self._batch(self.step)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -296,10 +298,14 @@ class _Trainer:
         return np.random.default_rng([self.spec.seed, 0, epoch]).permutation(len(self.data.rows["train"]))
 
     def _rate(self, step: int) -> float:
-        warm = max(1, round(self.spec.warmup * self.spec.steps))
-        if step < warm:
-            return self.spec.rate * (step + 1) / warm
-        done = (step - warm) / max(1, self.spec.steps - warm)
+        """Warm-up and cosine, once more from ``restart`` on."""
+        steps, restart = self.spec.steps, self.spec.restart
+        between = restart if 0 < restart < steps else steps
+        first, last = (0, between) if step < between else (between, steps)
+        warm = max(1, round(self.spec.warmup * (last - first)))
+        if step < first + warm:
+            return self.spec.rate * (step - first + 1) / warm
+        done = (step - first - warm) / max(1, last - first - warm)
         return self.spec.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def _load(self) -> None:
