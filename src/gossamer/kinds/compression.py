@@ -14,6 +14,7 @@ from gossamer.kinds.base import System
 
 if TYPE_CHECKING:
     from gossamer.parts.quant_format import Matrix, Packing
+    from gossamer.parts.quantiser import Quantised
 
 
 @dataclasses.dataclass
@@ -85,6 +86,8 @@ class Choice:
     matrix: Matrix
     packing: Packing
     note: str = ""
+    parts: Quantised | None = None  # codes that are not those of rounding the weight
+    original: torch.Tensor | None = None  # the weight as it was, where the model's has been changed meanwhile
 
 
 COLLAPSE = 0.75
@@ -107,7 +110,8 @@ def pack_model(
     while choices:
         choice = choices.pop()
         weight, name = choice.matrix.weight.detach(), choice.matrix.name
-        module = pack_matrix(model, choice.matrix, choice.packing, scale_dtype)
+        module = pack_matrix(model, choice.matrix, choice.packing, scale_dtype, choice.parts)
+        weight = weight if choice.original is None else choice.original
         stored = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers(recurse=False))
         rows.append(
             MatrixRow(

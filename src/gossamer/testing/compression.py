@@ -21,7 +21,7 @@ from gossamer.testing.running import law
 from gossamer.testing.universal import base_options, build
 
 KEPT = ("data",)
-QUICK = {"epochs": 2, "batch": 4}  # of those that distil
+QUICK = {"epochs": 2, "batch": 4, "search_starts": 3, "search_steps": 4}  # of those that distil or search
 GROUPS = (0, 128, 64, 32, 16)  # of the naive baseline
 
 
