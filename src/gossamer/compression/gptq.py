@@ -64,6 +64,7 @@ class GPTQ(Compression):
     """Packs every linear layer, its errors made up for. ``data`` is a list of token batches."""
 
     config_class = GPTQConfig
+    calibrates = True
 
     def compress(self, model: Any, data: Any = None) -> Compressed:
         """Works in place. InputError for nothing to pack, no or too little data, or NaN inputs."""

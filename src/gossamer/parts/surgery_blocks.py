@@ -146,7 +146,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     path, layouts = stacks[0]
     blocks = [
         Block(index, f"{path}.{index}", module, layout)
-        for index, (module, layout) in enumerate(zip(model.get_submodule(path), layouts, strict=True))  # type: ignore[arg-type]
+        for index, (module, layout) in enumerate(zip(model.get_submodule(path).children(), layouts, strict=True))
         if layout is not None
     ]
     for block in blocks:

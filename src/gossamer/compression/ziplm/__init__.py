@@ -83,6 +83,7 @@ class ZipLM(Compression):
     """Cuts a model to the targets. ``data`` is a list of token batches, 512 sequences or more where they can be had."""
 
     config_class = ZipLMConfig
+    calibrates = True
 
     def check(self, model: Any, data: Any = None) -> None:
         super().check(model, data)

@@ -29,7 +29,6 @@ from torch import nn
 from gossamer.core.errors import InputError
 from gossamer.core.paths import cache_dir, write_json
 from gossamer.parts.calibration import Batch, at_rest, block_calls, device_of, without_cache
-from gossamer.parts.measure import environment
 from gossamer.parts.surgery import Block, find_blocks, resize_block
 
 ROUNDS = 9
@@ -196,6 +195,8 @@ def _variants(
 
 
 def _key(model: Any, shape: tuple[int, int], heads: Sequence[Heads], neurons: Sequence[int]) -> str:
+    from gossamer.parts.measure import environment
+
     known = environment()
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
     where = {k: known[k] for k in ("device", "threads", "system", "versions")}

@@ -133,11 +133,11 @@ def build_levels(
     found = []
     for name, statistics in collect(model, batches, list(layers)):
         block, kind, width, counts = layers[name]
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         weight = matrix(layer).detach().clone()
         levels = removal(weight, statistics.hessian, width, counts)
         ordered = [levels[count] for count in sorted(levels, reverse=True)]
-        bias = None if layer.bias is None else layer.bias.detach().clone()  # type: ignore[union-attr,operator]
+        bias = None if layer.bias is None else layer.bias.detach().clone()
         found.append(Levels(block, kind, width, weight, bias, ordered))
     return found
 

@@ -20,9 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.core import registry
-from gossamer.kinds.objectives import Loss
 from gossamer.parts.calibration import Batch, at_rest, moved, token_count
-from gossamer.parts.training import TrainSettings, train
 
 _BATCH = 8  # rows of a step
 _IGNORE = -100
@@ -84,8 +82,10 @@ class Distillation:
     def amount(self, batch: dict[str, Any]) -> float:
         return float(token_count(batch))
 
-    def loss(self, model: Any, batch: dict[str, Any]) -> Loss:
-        """Weighted by the share of the step's tokens that ``batch`` has."""
+    def loss(self, model: Any, batch: dict[str, Any]) -> Any:
+        """A :class:`~gossamer.kinds.objectives.Loss`, by the share of the step's tokens that ``batch`` has."""
+        from gossamer.kinds.objectives import Loss
+
         normaliser = float(batch.get("normaliser", self.amount(batch)))
         inputs = {key: value for key, value in batch.items() if key != "normaliser"}
         inputs = _labelled(model, inputs) if self.weights[0] else inputs
@@ -115,6 +115,9 @@ def tune(
     model: Any, teacher: Any, batches: Sequence[Batch], *, steps: int, rate: float, weights: Sequence[float], seed: int
 ) -> list[tuple[int, float]]:
     """Distil ``teacher`` into ``model`` in place, all weights; returns the loss of each step."""
+    # the trainer is slow to import, and this module comes with transformers
+    from gossamer.parts.training import TrainSettings, train
+
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     settings = TrainSettings(steps=steps, batch_size=_BATCH, precision="fp32", save_every=0, seed=seed)
     try:

@@ -38,27 +38,27 @@ SEEDS = (0, 1, 2)
 ARMS: dict[str, dict[str, Any]] = {
     "minilm_dense": {},
     "minilm_ziplm_1.5": {"target": 1.5},
-    "minilm_no_update_1.5": {"target": 1.5},
-    "minilm_magnitude_1.5": {"target": 1.5},
-    "minilm_uniform_1.5": {"target": 1.5},
     "minilm_ziplm_2": {"target": 2.0},
-    "minilm_no_update_2": {"target": 2.0},
-    "minilm_magnitude_2": {"target": 2.0},
-    "minilm_uniform_2": {"target": 2.0},
     "minilm_ziplm_3": {"target": 3.0},
-    "minilm_no_update_3": {"target": 3.0},
-    "minilm_magnitude_3": {"target": 3.0},
+    "minilm_uniform_1.5": {"target": 1.5},
+    "minilm_uniform_2": {"target": 2.0},
     "minilm_uniform_3": {"target": 3.0},
+    "minilm_no_update_1.5": {"target": 1.5},
+    "minilm_no_update_2": {"target": 2.0},
+    "minilm_no_update_3": {"target": 3.0},
+    "minilm_magnitude_1.5": {"target": 1.5},
+    "minilm_magnitude_2": {"target": 2.0},
+    "minilm_magnitude_3": {"target": 3.0},
     "minilm_tuned_2": {"target": 2.0},
     "gemma_dense": {},
     "gemma_ziplm_1.2": {"target": 1.2},
-    "gemma_no_update_1.2": {"target": 1.2},
-    "gemma_magnitude_1.2": {"target": 1.2},
-    "gemma_uniform_1.2": {"target": 1.2},
     "gemma_ziplm_1.5": {"target": 1.5},
-    "gemma_no_update_1.5": {"target": 1.5},
-    "gemma_magnitude_1.5": {"target": 1.5},
+    "gemma_uniform_1.2": {"target": 1.2},
     "gemma_uniform_1.5": {"target": 1.5},
+    "gemma_no_update_1.2": {"target": 1.2},
+    "gemma_no_update_1.5": {"target": 1.5},
+    "gemma_magnitude_1.2": {"target": 1.2},
+    "gemma_magnitude_1.5": {"target": 1.5},
     "speed": {},
 }
 TARGETS = {"minilm": ("1.5", "2", "3"), "gemma": ("1.2", "1.5")}
@@ -73,12 +73,7 @@ def run(arm: str, seed: int, lab: Lab) -> dict[str, float]:
     """Loss (and accuracy) on the test texts of ``seed``; ``speed``: seconds of dense and cut models in turns."""
     if arm == "speed":
         return _speed(lab)
-    base, _, rest = arm.partition("_")
-    if rest == "dense":
-        return _score(_fixture(base, lab)[0], _fixture(base, lab)[2][seed])
-    how, _, target = rest.rpartition("_")
-    model, figures = _tuned(lab) if how == "tuned" else _pruned(base, how, target, lab)
-    return figures | _score(model, _fixture(base, lab)[2][seed])
+    return _arm(arm, lab)[seed]
 
 
 def conclude(results: Results) -> Conclusion:
@@ -134,12 +129,24 @@ def _speed_lines(results: Results) -> list[MustSee]:
 
 
 @functools.cache
+def _arm(arm: str, lab: Lab) -> list[dict[str, float]]:
+    """Build once, score on the texts of every seed."""
+    base, _, rest = arm.partition("_")
+    how, _, target = rest.rpartition("_")
+    dense, _, folds = _fixture(base, lab)
+    model, figures = dense, {}
+    if how:
+        model, figures = _tuned(lab) if how == "tuned" else _pruned(base, how, target, lab)
+    return [figures | _score(model, fold) for fold in folds]
+
+
+@functools.cache
 def _fixture(base: str, lab: Lab) -> tuple[Any, list[dict[str, Any]], list[list[dict[str, Any]]]]:
     """(dense model, calibration batches, test batches of each seed)."""
     return _minilm(lab) if base == "minilm" else _gemma(lab)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _run(base: str, lab: Lab) -> Any:
     from gossamer.compression.ziplm import Run, ZipLM
 
@@ -151,13 +158,13 @@ def _run(base: str, lab: Lab) -> Any:
     return Run(system, copy.deepcopy(model), calibration)
 
 
-@functools.cache
+# one method's levels at a time: its arms stand together
+@functools.lru_cache(maxsize=1)
 def _levels(base: str, how: str, lab: Lab) -> Any:
     removal = {"no_update": _without_update, "magnitude": _by_magnitude}.get(how)
     return _run(base, lab).levels(removal)
 
 
-@functools.cache
 def _pruned(base: str, how: str, target: str, lab: Lab) -> tuple[Any, dict[str, float]]:
     """The model cut to ``target`` and its predicted speed-up; ZipLM's are saved for the arms that load them."""
     run = _run(base, lab)
@@ -215,7 +222,6 @@ def _ranked(weight: Any, hessian: Any, width: int, counts: Collection[int], scor
     return {count: level_of(weight, hessian, width, order[:count].sort().values) for count in counts}
 
 
-@functools.cache
 def _tuned(lab: Lab) -> tuple[Any, dict[str, float]]:
     from gossamer.compression.ziplm.tuning import tune
 
@@ -231,7 +237,7 @@ def _speed(lab: Lab) -> dict[str, float]:
     """Measured speed-up of each saved model, timed in turns with the dense one."""
     from gossamer.compression.ziplm.costs import compare
 
-    figures = {}
+    figures: dict[str, float] = {}
     for base, targets in TARGETS.items():
         models = [_fixture(base, lab)[0], *(_loaded(base, target, lab) for target in targets)]
         dense, *cut = compare(models, (1, 16) if lab.quick else (1, 128), 3 if lab.quick else 15)
