@@ -119,6 +119,18 @@ def test_a_plan_of_its_own_for_each_matrix(tmp_path: Path) -> None:
         assert torch.equal(output(again, bench.inputs()), output(model, bench.inputs()))
 
 
+def test_blocks_that_stay_float_are_passed_too() -> None:
+    """With block 0 left out, block 1 is rounded on what comes out of block 0, not on what goes into it."""
+    bench = Bench("llama")
+    found = []
+    for sequential in (True, False):
+        done = GPTQ(bits=3, group=32, sequential=sequential, skip=("layers.0.", "lm_head")).compress(
+            bench.model(), data(bench)
+        )
+        found.append(done.model.model.layers[1].self_attn.q_proj.codes())
+    assert torch.equal(*found)
+
+
 def test_no_data_is_refused_before_anything_changes() -> None:
     bench = Bench("llama")
     model = bench.model()

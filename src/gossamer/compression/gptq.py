@@ -16,6 +16,7 @@ expert matrices, whose inputs are not those of a linear layer, are rounded.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,14 +106,15 @@ class GPTQ(Compression):
 
     def _statistics(self, model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> Any:
         """(name, statistics) of each layer: block after block, then what stands outside of blocks."""
-        stacks = _blocks(names) if self.config.sequential else {}
-        if stacks:
-            blocks = [model.get_submodule(path) for path in stacks]
-            inside = [[name.removeprefix(path + ".") for name in found] for path, found in stacks.items()]
-            for step, path in zip(block_by_block(model, batches, blocks, inside), stacks, strict=True):
+        stack = _stack(names) if self.config.sequential else ""
+        if stack:
+            paths = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
+            # blocks without a layer to round are passed too
+            inside = [[n.removeprefix(path + ".") for n in names if n.startswith(path + ".")] for path in paths]
+            for step in block_by_block(model, batches, [model.get_submodule(path) for path in paths], inside):
                 for name, statistics in step.statistics.items():
-                    yield f"{path}.{name}", statistics
-        rest = [name for name in names if not any(name in found for found in stacks.values())]
+                    yield f"{paths[step.index]}.{name}", statistics
+        rest = [name for name in names if not stack or not name.startswith(stack + ".")]
         yield from collect(model, batches, rest) if rest else ()
 
 
@@ -169,13 +171,11 @@ def _column_of(grid: Quantised) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale) if grid.minima is None else grid.minima[:, 0].float()
 
 
-def _blocks(names: Sequence[str]) -> dict[str, list[str]]:
-    """The names below each numbered block, in order; of the stack that holds most of them."""
-    stacks: dict[str, dict[str, list[str]]] = {}
+def _stack(names: Sequence[str]) -> str:
+    """The list of blocks that most names stand in; empty where none has a number."""
+    found: collections.Counter[str] = collections.Counter()
     for name in names:
         parts = name.split(".")
-        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if place is not None:
-            stack = stacks.setdefault(".".join(parts[:place]), {})
-            stack.setdefault(".".join(parts[: place + 1]), []).append(name)
-    return max(stacks.values(), key=lambda stack: sum(map(len, stack.values())), default={})
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        found[".".join(parts[:place])] += place > 0
+    return max(found, key=lambda stack: found[stack], default="")
