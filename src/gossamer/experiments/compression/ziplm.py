@@ -10,9 +10,9 @@ Arms at each target, all with the same latency table and the same search by real
 removal scores of the first inverse Hessian, weights as they were); ``magnitude`` (size of the unit's columns, no
 Hessian, prior the share of the squared weights that went); ``uniform`` (ZipLM's levels, one density for all layers,
 the largest that meets the budget). ``minilm_tuned_2`` distils ZipLM's model of 2x for two passes over the calibration
-texts (hidden states and logits of the dense model). ``speed`` times the saved models in turns with the dense ones: they are
-loaded by ``from_pretrained``. Nothing is drawn at random but the search, which all arms share; seeds are disjoint sets
-of test texts, differences are paired over them.
+texts (hidden states and logits of the dense model). ``speed`` times the saved models, loaded by ``from_pretrained``, in
+turns with the dense ones. Nothing is drawn at random but the search, in the same way for all arms; seeds are disjoint
+sets of test texts, differences are paired over them.
 
 Must be seen: loss(ziplm) < no_update < magnitude at each target, and ziplm below uniform; measured speed-up within 10 %
 of what was predicted, and of the target; tuning recovers loss.
@@ -135,7 +135,8 @@ def _arm(arm: str, lab: Lab) -> list[dict[str, float]]:
     base, _, rest = arm.partition("_")
     how, _, target = rest.rpartition("_")
     dense, _, folds = _fixture(base, lab)
-    model, figures = dense, {}
+    model = dense
+    figures: dict[str, float] = {}
     if how:
         model, figures = _tuned(lab) if how == "tuned" else _pruned(base, how, target, lab)
     return [figures | _score(model, fold) for fold in folds]
@@ -277,6 +278,7 @@ def _score(model: Any, batches: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _minilm(lab: Lab) -> tuple[Any, list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    import torch
     import transformers
 
     from gossamer.hub.models import resolve
@@ -289,7 +291,9 @@ def _minilm(lab: Lab) -> tuple[Any, list[dict[str, Any]], list[list[dict[str, An
     auto = transformers.AutoModelForSequenceClassification
     if not folder.exists():
         shape = {"num_hidden_layers": 2} if lab.quick else {}
-        model = auto.from_pretrained(source, num_labels=len(PACKAGES), **shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = auto.from_pretrained(source, num_labels=len(PACKAGES), **shape)
         if lab.quick:
             _narrow(model)
         _fine_tune(model, train, 4 if lab.quick else 100)
