@@ -20,6 +20,7 @@ from types import ModuleType
 TRIGGERS = {
     "peft": "peft",
     "quantizer": "transformers.modeling_utils",
+    "widths": "transformers.modeling_utils",
     "auto": "transformers.models.auto.modeling_auto",
 }
 _WATCHED = ("gossamer.", "transformers.")

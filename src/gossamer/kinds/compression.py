@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from gossamer.kinds.base import System
 
 if TYPE_CHECKING:
     from gossamer.parts.quant_format import Matrix, Packing
+    from gossamer.parts.quantiser import Quantised
 
 
 @dataclasses.dataclass
@@ -53,6 +54,7 @@ class Compression(System):
     """Makes a model smaller. ``data`` is a list of token batches, or ``None`` for methods that need weights only."""
 
     verb = "compress"
+    calibrates: ClassVar[bool] = False  # needs data: a recipe gives it its training texts
 
     def check(self, model: nn.Module, data: Any = None) -> None:
         if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
@@ -85,6 +87,8 @@ class Choice:
     matrix: Matrix
     packing: Packing
     note: str = ""
+    parts: Quantised | None = None  # codes that are not those of rounding the weight
+    original: torch.Tensor | None = None  # the weight as it was, where the model's has been changed meanwhile
 
 
 COLLAPSE = 0.75
@@ -107,7 +111,8 @@ def pack_model(
     while choices:
         choice = choices.pop()
         weight, name = choice.matrix.weight.detach(), choice.matrix.name
-        module = pack_matrix(model, choice.matrix, choice.packing, scale_dtype)
+        module = pack_matrix(model, choice.matrix, choice.packing, scale_dtype, choice.parts)
+        weight = weight if choice.original is None else choice.original
         stored = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers(recurse=False))
         rows.append(
             MatrixRow(

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.core.errors import InputError
 from gossamer.parts.quant_linear import PackedWeight, QuantExperts, QuantLinear
-from gossamer.parts.quantiser import PER_CHANNEL
+from gossamer.parts.quantiser import PER_CHANNEL, Quantised
 
 METHOD = "gossamer"
 
@@ -77,10 +77,16 @@ def find_matrices(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[Matrix]
     return found, left
 
 
-def pack_matrix(model: nn.Module, matrix: Matrix, packing: Packing, scale_dtype: torch.dtype) -> PackedWeight:
-    """Replace the matrix's module by a packed one in ``model``; returns it."""
+def pack_matrix(
+    model: nn.Module, matrix: Matrix, packing: Packing, scale_dtype: torch.dtype, parts: Quantised | None = None
+) -> PackedWeight:
+    """Replace the matrix's module by a packed one in ``model``; returns it. ``parts`` are its codes, where they are
+    not those of rounding."""
     module = _empty(model, matrix.name, _entry(matrix.weight, packing), scale_dtype)
-    module.fill(matrix.weight.detach())
+    if parts is None:
+        module.fill(matrix.weight.detach())
+    else:
+        module.fill_parts([parts])
     _put(model, matrix.name, module)
     return module
 

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import InputError
 from gossamer.parts import quant_kernels as kernels
-from gossamer.parts.quantiser import PER_TENSOR, pack, packed_columns, quantise, resolve_group, restore, unpack
+from gossamer.parts.quantiser import (
+    PER_TENSOR,
+    Quantised,
+    pack,
+    packed_columns,
+    quantise,
+    resolve_group,
+    restore,
+    unpack,
+)
 
 
 class PackedWeight(nn.Module):
@@ -49,12 +58,19 @@ class PackedWeight(nn.Module):
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
         """Quantise ``weight [..., out, in]`` into the buffers, matrix by matrix."""
-        *stack, out, columns = self.shape
+        *_, out, columns = self.shape
         assert tuple(weight.shape) == self.shape, (weight.shape, self.shape)
-        parts = [
-            quantise(matrix, self.bits, self.group, symmetric=self.symmetric, dtype=self.scales.dtype)
-            for matrix in weight.reshape(-1, out, columns)
-        ]
+        self.fill_parts(
+            [
+                quantise(matrix, self.bits, self.group, symmetric=self.symmetric, dtype=self.scales.dtype)
+                for matrix in weight.reshape(-1, out, columns)
+            ]
+        )
+
+    @torch.no_grad()
+    def fill_parts(self, parts: list[Quantised]) -> None:
+        """Take over codes, scales and minima of each matrix as they are."""
+        *stack, out, _ = self.shape
         self.qweight = torch.stack([pack(part.codes, self.bits) for part in parts]).view(*stack, out, -1)
         self.scales = torch.stack([part.scales for part in parts]).view(*stack, *parts[0].scales.shape)
         if not self.symmetric:

@@ -1,6 +1,8 @@
-"""A few texts of the run's own data to compare models on, before and after a step."""
+"""Texts of the run's own data: a few to compare models on before and after a step, more to calibrate on."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from gossamer.pipeline.job import Job
 
@@ -15,6 +17,15 @@ def probe_texts(job: Job, count: int = 4) -> list[str]:
     if job.recipe.data is None:
         return list(_PLAIN)
     return [row_text(row) for row in job.data["validation"][:count]]
+
+
+def calibration_batches(job: Job, tokenizer: Any, *, count: int = 128, length: int = 256) -> list[dict[str, Any]]:
+    """The first training rows as batches of one text of at most ``length`` tokens, without padding."""
+    found = []
+    for row in job.data["train"][:count]:
+        batch = tokenizer(row_text(row), truncation=True, max_length=length, return_tensors="pt")
+        found.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
+    return found
 
 
 def row_text(row: dict[str, object]) -> str:

@@ -11,7 +11,7 @@ from gossamer.core.kinds import KINDS
 from gossamer.core.recipe import StepCall
 from gossamer.parts.roundtrip import difference, probe
 from gossamer.pipeline.job import Job
-from gossamer.pipeline.probe_texts import probe_texts
+from gossamer.pipeline.probe_texts import calibration_batches, probe_texts
 from gossamer.pipeline.stage import adapted_processor
 
 _BROKEN = 2.0  # a 4-bit Gemma-3-270M, which has lost much, is at 0.3
@@ -49,7 +49,8 @@ def _accelerate(system: Any, bundle: Bundle, job: Job) -> Taken:
 def _compress(system: Any, bundle: Bundle, job: Job) -> Taken:
     texts = probe_texts(job)
     before = probe(bundle.model, bundle.processor, texts)
-    compressed = system.compress(bundle.model)
+    data = calibration_batches(job, bundle.processor) if system.calibrates else None
+    compressed = system.compress(bundle.model, data)
     bundle.model = compressed.model
     found = difference(before, probe(bundle.model, bundle.processor, texts, like=before))
     if not found.kl <= _BROKEN:

@@ -303,6 +303,10 @@ def _registered(item: str) -> bool:
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
         return name in AUTO_QUANTIZER_MAPPING
+    if prefix == "widths":
+        from transformers import PreTrainedModel
+
+        return hasattr(PreTrainedModel.post_init, name)
     from transformers import CONFIG_MAPPING
 
     return name in CONFIG_MAPPING
