@@ -11,9 +11,10 @@ from gossamer.core.kinds import KINDS
 from gossamer.core.recipe import StepCall
 from gossamer.parts.roundtrip import difference, probe
 from gossamer.pipeline.job import Job
-from gossamer.pipeline.probe_texts import probe_texts
+from gossamer.pipeline.probe_texts import probe_texts, row_text
 from gossamer.pipeline.stage import adapted_processor
 
+_CALIBRATION = 32  # rows
 _BROKEN = 2.0  # a 4-bit Gemma-3-270M, which has lost much, is at 0.3
 Taken = tuple[Bundle, dict[str, Any]]
 
@@ -49,7 +50,7 @@ def _accelerate(system: Any, bundle: Bundle, job: Job) -> Taken:
 def _compress(system: Any, bundle: Bundle, job: Job) -> Taken:
     texts = probe_texts(job)
     before = probe(bundle.model, bundle.processor, texts)
-    compressed = system.compress(bundle.model)
+    compressed = system.compress(bundle.model, _calibration(bundle, job))
     bundle.model = compressed.model
     found = difference(before, probe(bundle.model, bundle.processor, texts, like=before))
     if not found.kl <= _BROKEN:
@@ -60,6 +61,15 @@ def _compress(system: Any, bundle: Bundle, job: Job) -> Taken:
             do="give it more bits or smaller groups",
         )
     return bundle, {**compressed.report.values, "round_trip": found.as_dict()}
+
+
+def _calibration(bundle: Bundle, job: Job) -> list[dict[str, Any]] | None:
+    """Token batches [1, t] of the first training rows; None where the recipe has no data."""
+    if job.recipe.data is None:
+        return None
+    texts = [row_text(row) for row in job.data["train"][:_CALIBRATION]]
+    batches = [bundle.processor(text, truncation=True, max_length=512, return_tensors="pt") for text in texts]
+    return [{"input_ids": batch["input_ids"]} for batch in batches if batch["input_ids"].shape[1]]
 
 
 def _decode(system: Any, bundle: Bundle, job: Job) -> Taken:
