@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from gossamer.compression.pruning import Pruning, lowest, sparsity
 from gossamer.core.errors import InputError, OptionError
+from gossamer.pipeline import engine
 from gossamer.testing.bench import Bench
 
 
@@ -104,6 +105,13 @@ def test_a_pattern_leaves_half_of_each_group_in_the_saved_file(pattern: str, tmp
     matrices = [tensor for name, tensor in saved.items() if "_proj" in name]
     assert matrices
     assert all((tensor.reshape(-1, m) == 0).sum(1).eq(n).all() for tensor in matrices)
+
+
+def test_a_recipe_calibrates_on_its_rows(rows_path: str, tmp_path: Path) -> None:
+    data = {"path": rows_path, "test": 2, "validation": 2}
+    steps = [{"pruning": {"method": "wanda", "ratio": 0.3}}]
+    report = engine.run({"model": "llama-7m", "data": data, "steps": steps}, out=tmp_path / "run")
+    assert report.steps[0].changed["sparsity"] == pytest.approx(0.3, abs=0.01)
 
 
 def test_ratio_zero_is_the_model_itself() -> None:

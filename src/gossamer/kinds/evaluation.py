@@ -127,7 +127,8 @@ class ModelSubject:
     ) -> None:
         from gossamer.kinds.decoding import Decoding
 
-        self.model, self.tokenizer = bundle.model, bundle.processor
+        self.model = bundle.model
+        self.tokenizer = getattr(bundle.processor, "tokenizer", bundle.processor)  # of a processor of images too
         self.batch_size, self.progress = batch_size, progress
         decoders = [part for part in bundle.parts.values() if isinstance(part, Decoding)]
         self.ways: dict[str, Any] = (

@@ -54,7 +54,7 @@ class LLMKickConfig(Config):
             "perplexity",
         ),
     )  # fmt: skip
-    num_examples: int = option(24, "items of a task", ge=2)
+    num_examples: int = option(48, "items of a task", ge=2)
     shots: int = option(5, "worked examples before a choice, a letter or an instruction", ge=0)
     new_tokens: int = option(16, "longest answer, in tokens", ge=1)
     summary_tokens: int = option(48, "longest summary, in tokens", ge=1)

@@ -204,8 +204,8 @@ def sweep(
 ) -> Grid:
     """Evaluate the model that ``load`` gives, untouched and after each compressor at each setting.
 
-    ``load`` must give a fresh model each time, with its tokenizer or as a bundle; ``calibration`` is the compressors' data; seeds are the evaluation's.
-    Every option is checked before the first model is loaded.
+    ``load`` must give a fresh model each time, with its tokenizer or as a bundle; ``calibration`` is the compressors'
+    data; seeds are the evaluation's. Every option is checked before the first model is loaded.
     """
     labels = [one.label for one in compressors]
     if len(set(labels)) < len(labels) or DENSE in labels or not labels:

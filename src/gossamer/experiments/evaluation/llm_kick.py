@@ -1,6 +1,6 @@
 """What perplexity hides: closed-book recall, open-book answers and perplexity of pruned and rounded models.
 
-World part. A Llama (4 layers, width 256, words as tokens) learns 600 facts about 150 invented people, each in seven
+World part. A Llama (4 layers, width 256, words as tokens) learns 480 facts about 120 invented people, each in seven
 wordings, its question among them, and to answer three questions from passages about other people, drawn anew each time.
 The answer of a closed-book question can come from the weights only, that of an open-book question from the passage
 only. One model, trained once; a seed draws the questions, the passages that perplexity is taken on, and the
@@ -53,7 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 SWEPT = ("magnitude", "random", "wanda")
 TOLERANCE = 0.05
-_PEOPLE, _STEPS, _QUESTIONS, _PASSAGES = 150, 700, 96, 32
+_PEOPLE, _STEPS, _LESSONS, _QUESTIONS, _PASSAGES, _REAL, _WIDTH = 120, 700, 28, 64, 32, 24, 256
 _CLOSED, _OPEN = "Answer these questions:\n\n", "Based on these texts, answer these questions:\n\n"
 
 
@@ -237,7 +237,7 @@ def _invented(pair: tuple[Any, Any], seed: int, lab: Lab) -> dict[str, float]:
     opened = [
         {**{key: row[key] for key in ("question", "answers", "context")}, "task": "open_book"} for row in passages
     ]
-    found = _battery(pair, ("closed_book", "open_book"), count, seed).evaluate(_bundle(pair), [*closed, *opened])
+    found = _battery(("closed_book", "open_book"), count, seed).evaluate(_bundle(pair), [*closed, *opened])
     ppl = perplexity(*pair, [row["context"] for row in passages]).ppl
     return {"closed": found.tasks["closed_book"].value, "open": found.tasks["open_book"].value, "ppl": ppl}
 
@@ -246,16 +246,12 @@ def _real(pair: tuple[Any, Any], seed: int, lab: Lab) -> dict[str, float]:
     """Real facts closed-book, invented people open-book, perplexity of prose."""
     from gossamer.parts.scorer import perplexity
 
-    found = _battery(pair, ("closed_book", "retrieval"), *_real_size(lab.quick, seed)).evaluate(_bundle(pair))
+    found = _battery(("closed_book", "retrieval"), 2 if lab.quick else _REAL, seed).evaluate(_bundle(pair))
     ppl = perplexity(*pair, list(_prose(seed, lab.quick))).ppl
     return {"closed": found.tasks["closed_book"].value, "open": found.tasks["retrieval"].value, "ppl": ppl}
 
 
-def _real_size(quick: bool, seed: int) -> tuple[int, int]:
-    return (2 if quick else 16), seed
-
-
-def _battery(pair: tuple[Any, Any], tasks: tuple[str, ...], count: int, seed: int) -> Any:
+def _battery(tasks: tuple[str, ...], count: int, seed: int) -> Any:
     from gossamer.evaluation.llm_kick import LLMKick
 
     return LLMKick(tasks=tasks, num_examples=count, new_tokens=8, seed=seed)
@@ -281,7 +277,7 @@ def _gemma(quick: bool) -> tuple[Any, Any]:
     subject = ModelSubject(_bundle((model, tokenizer)))
     texts = [text for seed in SEEDS for text in (*_prose(seed, quick), *_prose(seed + 100, quick))]
     for seed in SEEDS:
-        asked = _battery((model, tokenizer), ("closed_book", "retrieval"), *_real_size(quick, seed)).requests(subject)
+        asked = _battery(("closed_book", "retrieval"), _REAL, seed).requests(subject)
         texts += [part for one in asked for part in (one.prompt, one.reply)]
     trimmed = trim_vocabulary(model, tokenizer, texts)
     return trimmed.model.eval(), trimmed.tokenizer
@@ -292,9 +288,6 @@ def _prose(seed: int, quick: bool) -> tuple[str, ...]:
     from gossamer.evaluation.llm_kick import prose
 
     return tuple(text[:800] for text in prose(seed, 2 if quick else 6))
-
-
-_WIDTH = 256
 
 
 def _worlds(seed: int) -> tuple[Any, Any]:
@@ -356,7 +349,7 @@ def _train(tokenizer: Any, steps: int) -> Any:
         draw, (answer, colon) = random.Random("lessons"), tokenizer.convert_tokens_to_ids(["A", ":"])
         for step in range(steps):
             world, others = _worlds(30_000 + step)
-            texts = [_lesson(world, others, draw, closed=number % 5 < 3) for number in range(40)]
+            texts = [_lesson(world, others, draw, closed=number % 5 < 3) for number in range(_LESSONS)]
             ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
             targets = ids[:, 1:]
             logits = model(input_ids=ids[:, :-1]).logits.float()
