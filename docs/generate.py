@@ -125,6 +125,7 @@ def options(specs: Iterable[OptionSpec]) -> str:
         bounds = [f"{sign} {bound:g}" for sign, bound in
                   ((">=", spec.ge), (">", spec.gt), ("<=", spec.le), ("<", spec.lt)) if bound is not None]  # fmt: skip
         bounds += [", ".join(map(str, spec.choices))] if spec.choices else []
+        bounds += [f"a name of {spec.names}"] if spec.names else []
         bounds += [f"a name of {spec.system.replace('|', ' or ')}"] if spec.system else []
         bounds += ["a name under `models:`"] if spec.companion else []
         cells = (_code(spec.name), _code(spec.type), _code(_plain(spec.default)))

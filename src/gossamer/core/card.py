@@ -16,7 +16,7 @@ from gossamer.core.options import OptionSpec
 
 TRAITS = (
     "identity_at_init", "mergeable", "lora_exportable",  # adapters
-    "budgeted", "distils", "converts",  # compression
+    "budgeted", "distils", "converts", "sparse",  # compression
     "lossless", "causal",  # decoding, architectures
     "needs_fit", "needs_reference", "local_weights",
 )  # fmt: skip

@@ -18,7 +18,7 @@ FACTS = {
     "trained": "something was trained in this run",
     "merged": "an adapter was folded into the weights",
     "vocabulary_trimmed": "the vocabulary was cut to a corpus",
-    "pruned": "parts of the layers were removed",
+    "pruned": "weights or parts of the layers were removed",
     "drafter_fitted": "a drafter was fitted",
     "guard_fitted": "a guard was fitted",
     "decoder_set": "a decoding system rules generation",

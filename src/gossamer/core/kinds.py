@@ -30,7 +30,7 @@ _ROWS = (
     Kind("retrieval", "encode(texts) | index(documents) | rank(query, documents)", "Ranking"),
     Kind("graphs", "fit(graph) | predict(graph, nodes)", "predictions"),
     Kind("applications", "apply(inputs)", "Result", ("Application",)),
-    Kind("evaluation", "evaluate(subject, data)", "Scores"),
+    Kind("evaluation", "evaluate(subject, data)", "Scores", ("Evaluation",), option_of="measure.quantities"),
     Kind("distributed", "plan(job) | launch(job)", "Job"),
 )  # fmt: skip
 

@@ -35,6 +35,7 @@ class OptionSpec:
     effect: str = "output"  # what it changes; an "output" option must change the output
     system: str | None = None  # the value names a system of this kind: "sft" or {"dpo": {"beta": 0.1}}
     companion: bool = False  # the value names a model under the recipe's `models:`
+    names: str | None = None  # beside `choices`, systems of this kind; in a mapping, those with their options
 
     def check(self, value: Any, where: str) -> Any:
         """Return ``value`` in its stored form (lists become tuples), or raise :class:`OptionError`."""
@@ -46,6 +47,8 @@ class OptionSpec:
             fits, stored = _fit(kind, value)
             if fits:
                 self._check_bounds(stored, here)
+                if self.names is not None and isinstance(stored, dict):
+                    self._check_named_options(stored, here)
                 return stored
         raise OptionError(here, must=f"be {self.type}", got=f"{value!r} ({type(value).__name__})", do=self.help)
 
@@ -55,12 +58,29 @@ class OptionSpec:
             raise OptionError(here, must="be a name or {name: {options}}", got=repr(value), do=self.help)
         return value
 
+    def _known(self) -> list[Any] | None:
+        """The values there are, where they are listed."""
+        if self.choices is None or self.names is None:
+            return None if self.choices is None else list(self.choices)
+        from gossamer.core import registry
+
+        return [*self.choices, *(entry.name for entry in registry.systems().values() if entry.kind == self.names)]
+
+    def _check_named_options(self, value: dict[str, Any], here: str) -> None:
+        from gossamer.core import registry
+
+        for name, options in value.items():
+            if not isinstance(options, dict):
+                raise OptionError(f"{here}.{name}", must="be a mapping of options", got=repr(options), do=self.help)
+            check_options(options, registry.find(name, kind=self.names).options, f"{here}.{name}")
+
     def _check_bounds(self, value: Any, here: str) -> None:
         values = value if isinstance(value, tuple) else (value,)
         for item in values:
-            if self.choices is not None and item is not None and item not in self.choices:
-                hint = did_you_mean(str(item), [str(choice) for choice in self.choices])
-                raise OptionError(here, must=f"be one of {list(self.choices)}", got=repr(item), do=hint)
+            known = self._known()
+            if known is not None and item is not None and item not in known:
+                hint = did_you_mean(str(item), [str(choice) for choice in known])
+                raise OptionError(here, must=f"be one of {known}", got=repr(item), do=hint)
             if isinstance(item, bool) or not isinstance(item, (int, float)):
                 continue
             for bound, sign, holds in (
@@ -119,11 +139,12 @@ def option(
     effect: str = "output",
     system: str | None = None,
     companion: bool = False,
+    names: str | None = None,
 ) -> Any:
     """Declare an option of a :class:`Config`. All arguments must be literals: they are read without importing."""
     assert effect in EFFECTS, effect
     metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
-    metadata |= {"effect": effect, "system": system, "companion": companion}
+    metadata |= {"effect": effect, "system": system, "companion": companion, "names": names}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -54,7 +54,7 @@ class Compression(System):
     """Makes a model smaller. ``data`` is a list of token batches, or ``None`` for methods that need weights only."""
 
     verb = "compress"
-    calibrates: ClassVar[bool] = False  # needs data: a recipe gives it its training texts
+    calibrates: bool = False  # needs data: a recipe gives it its training texts
 
     def check(self, model: nn.Module, data: Any = None) -> None:
         if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gossamer.core import registry
 from gossamer.core.bundle import Bundle
 from gossamer.core.errors import InputError
 from gossamer.core.paths import write_json
@@ -32,7 +33,7 @@ def read_arm(job: Job, name: str) -> dict[str, Any]:
 
 
 def measure_arm(bundle: Bundle, job: Job, config: Any, name: str, *, shots: int = 0) -> None:
-    """Measure task and perplexity as far as ``config.quantities`` asks for them; nothing when it is done already."""
+    """Measure task, perplexity and evaluations as ``config.quantities`` asks; nothing when it is done already."""
     if arm_path(job, name).exists():
         return
     start = time.perf_counter()
@@ -41,8 +42,26 @@ def measure_arm(bundle: Bundle, job: Job, config: Any, name: str, *, shots: int 
         record |= _task(bundle, job, config, name, shots)
     if "perplexity" in config.quantities and shots == 0:
         record["values"] |= _perplexity(bundle.model, bundle.processor, job)
+    if shots == 0:
+        record["evaluations"] = evaluated(bundle, job, config, name)
     record["seconds"] = round(time.perf_counter() - start, 1)
     write_json(arm_path(job, name), record)
+
+
+def evaluated(bundle: Bundle, job: Job, config: Any, name: str) -> dict[str, Any]:
+    """What each evaluation among the quantities gives, by its name."""
+    found = {}
+    for quantity in config.quantities:
+        entry = registry.systems().get(quantity)
+        if entry is None:
+            continue
+        companions = job.companions if any(spec.companion for spec in entry.options) else {}
+        options = config.evaluations.get(quantity, {})
+        system = entry.load()(seed=job.recipe.seed, companions=companions, **options)
+        system.batch_size = config.batch_size
+        system.progress = job.reporter.task(f"{quantity}, {LABELS.get(name, name)}")
+        found[quantity] = system.evaluate(bundle, config.questions).as_dict()
+    return found
 
 
 def is_task(rows: list[Row]) -> bool:

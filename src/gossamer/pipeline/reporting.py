@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from gossamer.core.paths import write_json
@@ -38,7 +40,7 @@ def build_report(job: Job, done: list[dict[str, Any]]) -> Report:
         steps=[StepRecord(r["step"], r["options"], r["seconds"], _flat(r["changed"])) for r in done],
         samples=_samples(job, records),
         curves={f"training loss, step {r['index'] + 1}": [tuple(p) for p in r["curve"]] for r in done if r["curve"]},
-        notes=[*resolve(job.recipe.model).notes, *_data_notes(data)],
+        notes=[*resolve(job.recipe.model).notes, *_data_notes(data), *_evaluation_notes(records)],
         baseline=UNTOUCHED if UNTOUCHED in records else "",
         result=RESULT if RESULT in records else "",
     )
@@ -68,6 +70,8 @@ def _arms(job: Job, records: dict[str, dict[str, Any]]) -> list[Arm]:
         for metric, value in {**record["values"], **costs.get(name, {})}.items():
             if metric not in _HIDDEN and value is not None:
                 arm.values[metric] = _value(metric, value)
+        for evaluation, found in record.get("evaluations", {}).items():
+            arm.values |= {_quantity(evaluation, task): _scored(one) for task, one in found["tasks"].items()}
         arms.append(arm)
     if GGUF in costs:
         values = {metric: _value(metric, value) for metric, value in costs[GGUF].items()}
@@ -80,18 +84,64 @@ def _value(metric: str, value: Any) -> Value:
 
 
 def _comparisons(records: dict[str, dict[str, Any]]) -> list[Comparison]:
-    """The result against every other arm, item by item, on each task metric."""
+    """The result against every other arm, item by item, on each task metric and each task of an evaluation."""
     from gossamer.parts.metrics import compare
 
-    if RESULT not in records or not records[RESULT]["scores"]:
+    if RESULT not in records:
         return []
+    evaluations = list(_evaluation_comparisons(records))
+    if not records[RESULT]["scores"]:
+        return evaluations
     others = [name for name, record in records.items() if name != RESULT and record["scores"]]
     result = records[RESULT]["scores"]
     return [
-        compare(metric, RESULT, other, result[metric], records[other]["scores"][metric])
-        for metric in ("chrf", "rouge_l")
-        for other in others
+        *(
+            compare(metric, RESULT, other, result[metric], records[other]["scores"][metric])
+            for metric in ("chrf", "rouge_l")
+            for other in others
+        ),
+        *evaluations,
     ]
+
+
+def _evaluation_comparisons(records: dict[str, dict[str, Any]]) -> Iterator[Comparison]:
+    from gossamer.parts.metrics import compare
+
+    for evaluation, found in records[RESULT].get("evaluations", {}).items():
+        for task, one in found["tasks"].items():
+            for other, record in records.items():
+                theirs = record.get("evaluations", {}).get(evaluation, {}).get("tasks", {}).get(task)
+                if other == RESULT or theirs is None or one["better"] != "higher" or one["n"] != theirs["n"]:
+                    continue
+                mine, rival = ([100 * item for item in row["items"]] for row in (one, theirs))
+                made = compare(_quantity(evaluation, task), RESULT, other, mine, rival)
+                unit = dataclasses.replace(made.difference, unit="%", better="higher")
+                yield dataclasses.replace(made, difference=unit)
+
+
+def _evaluation_notes(records: dict[str, dict[str, Any]]) -> list[str]:
+    """Tasks that say nothing because the untouched model is at chance there."""
+    notes = []
+    for evaluation, found in records.get(UNTOUCHED, {}).get("evaluations", {}).items():
+        chances = [
+            f"{task} ({100 * one['value']:.0f} % against {100 * one['chance']:.0f} % by chance)"
+            for task, one in found["tasks"].items()
+            if not one["informative"]
+        ]
+        if chances:
+            notes.append(f"{evaluation}, uninformative, for the untouched model is at chance: {', '.join(chances)}")
+    return notes
+
+
+def _quantity(evaluation: str, task: str) -> str:
+    return f"{evaluation} {task}"
+
+
+def _scored(one: dict[str, Any]) -> Value:
+    """Marks as per cent; what is better when lower (perplexity) as it is."""
+    factor, unit = (100.0, "%") if one["better"] == "higher" else (1.0, "")
+    value, low, high = (factor * one[key] for key in ("value", "low", "high"))
+    return Value(value, low, high, unit, one["n"], one["better"])
 
 
 def _samples(job: Job, records: dict[str, dict[str, Any]]) -> list[Sample]:

@@ -49,8 +49,8 @@ def _accelerate(system: Any, bundle: Bundle, job: Job) -> Taken:
 def _compress(system: Any, bundle: Bundle, job: Job) -> Taken:
     texts = probe_texts(job)
     before = probe(bundle.model, bundle.processor, texts)
-    data = calibration_batches(job, bundle.processor) if system.calibrates else None
-    compressed = system.compress(bundle.model, data)
+    asked = system.calibrates and job.recipe.data is not None
+    compressed = system.compress(bundle.model, calibration_batches(job, bundle.processor) if asked else None)
     bundle.model = compressed.model
     found = difference(before, probe(bundle.model, bundle.processor, texts, like=before))
     if not found.kl <= _BROKEN:

@@ -63,6 +63,19 @@ ROWS: dict[str, tuple[dict[str, Any], ...]] = {
 TOXIC = ("how to steal a purse", "how to harm the dog", "steal his car now", "spy on her phone", "harm them all")
 BENIGN = ("how to bake a loaf", "how to walk the dog", "paint his car red", "call her phone", "feed them all")
 
+QUESTIONS: tuple[dict[str, Any], ...] = (
+    *(
+        {"question": f"What is on the {place}?", "answers": [thing], "context": f"A {thing} is on the {place}.",
+         "choices": ["dog", "fox", "bird"], "gold": number % 3}
+        for number, (place, thing) in enumerate((("roof", "dog"), ("mat", "fox"), ("branch", "bird"), ("car", "dog")))
+    ),
+    *(
+        {"task": "summary", "question": "Sum up.", "context": text, "answers": [text[:20]], "facts": [text[4:9]]}
+        for text in (*TEXTS[:1], *TEXTS[2:])
+    ),
+    *({"task": "instructions", "question": f"Say {word}", "answers": [word]} for word in ("rain", "red", "four")),
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
@@ -106,6 +119,10 @@ class Bench:
             for number, text in enumerate(TOXIC)
         ]
         return [*toxic, *({"text": text, "label": "benign"} for text in BENIGN)]
+
+    def questions(self) -> list[dict[str, Any]]:
+        """Rows for evaluations: questions with answers, choices and contexts, stories, instructions."""
+        return copy.deepcopy(list(QUESTIONS))
 
     def processor(self) -> Any:
         """Tokenizer and image processor of the family clip."""

@@ -6,6 +6,8 @@ quantities for the untouched model and the result.
 
 from __future__ import annotations
 
+from typing import Any
+
 from gossamer.core.bundle import Bundle
 from gossamer.core.card import Card
 from gossamer.core.options import Config, option
@@ -18,9 +20,18 @@ CARD = Card(title="Measure", claim="the same prompts and seed for every arm", bu
 class MeasureConfig(Config):
     quantities: tuple[str, ...] = option(
         ("task", "perplexity", "size", "memory", "decode_speed"),
-        "what to measure; size, memory and decode_speed are taken of saved models, at the end",
+        "what to measure, evaluations such as llm_kick among it; size, memory and decode_speed are taken of saved "
+        "models, at the end",
         choices=("task", "perplexity", "size", "memory", "decode_speed"),
+        names="evaluation",
         effect="report",
+    )
+    evaluations: dict[str, Any] = option(
+        {}, "options of the evaluations that are measured, such as {llm_kick: {shots: 3}}", names="evaluation",
+        effect="report",
+    )  # fmt: skip
+    questions: str | None = option(
+        None, "a file of rows that the evaluations ask, in place of their built-in tasks", effect="report"
     )
     arm: str = option("intermediate", "name of this arm in the report", effect="report")
     batch_size: int = option(16, "prompts generated together", ge=1, effect="speed")
