@@ -94,6 +94,17 @@ def test_an_untied_head_is_not_scaled(family: str) -> None:
     assert torch.allclose(logits(small), logits(model), rtol=0, atol=1e-4)
 
 
+def test_gain_is_a_factor_of_the_gains_before_readers_alone() -> None:
+    """As they are stored in Gemma, 1 + w; for channels that are dropped though they were not empty."""
+    model = build("Gemma3")
+    plain, scaled = (narrow(model, KEEP, "test", gain=gain) for gain in (1.0, 0.7))
+    stream = residual_stream(plain, "test")
+    changed = {name for name, value in scaled.state_dict().items() if not value.equal(plain.state_dict()[name])}
+    assert changed == {f"{path}.weight" for path in stream.norms}
+    for name in changed:
+        assert torch.allclose(1 + scaled.state_dict()[name], 0.7 * (1 + plain.state_dict()[name]), atol=1e-5)
+
+
 def test_what_it_finds() -> None:
     llama, gemma = (residual_stream(Bench(name).model(), "test") for name in ("llama", "gemma3"))
     layers = len(llama.writers) // 2

@@ -86,18 +86,20 @@ def residual_stream(model: Any, where: str) -> Stream:
 
 
 @torch.no_grad()
-def narrow(model: Any, keep: Tensor, where: str) -> Any:
+def narrow(model: Any, keep: Tensor, where: str, *, gain: float = 1.0) -> Any:
     """A new model of the same class whose stream has the channels ``keep`` (int [d'], ascending, no two alike) alone.
 
-    Equal to ``model`` where no writer writes to the other channels. Weights are computed in float32 and rounded once;
-    class, dtype, device, mode and what requires gradients stay. Raises InputError where the class refuses the width.
+    Equal to ``model`` where no writer writes to the other channels. Where they are not empty, ``gain`` = sqrt(d' / d),
+    a further factor of the gains before readers, leaves what stays at its size. Weights are computed in float32 and
+    rounded once; class, dtype, device, mode and what requires gradients stay. Raises InputError where the class refuses
+    the width.
     """
     stream = residual_stream(model, where)
     small = _empty(model, stream, len(keep), where)
     c = math.sqrt(len(keep) / stream.width)
     old, new = (each.get_submodule(stream.embedding) for each in (model, small))
     lifted = c * _embedding_scale(old) / _embedding_scale(new)
-    factors = dict.fromkeys(stream.norms, 1 / c)
+    factors = dict.fromkeys(stream.norms, gain / c)
     if stream.tied:
         factors[stream.norms[-1]] /= lifted
     state = dict(model.state_dict())
