@@ -7,6 +7,8 @@ switching are PEFT's own. :class:`ModuleAdapter` is for what does not sit inside
 from __future__ import annotations
 
 import abc
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -146,6 +148,16 @@ class ModuleAdapter(Adapter):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self._trainable)
         return model
+
+    @contextlib.contextmanager
+    def disabled(self, model: Any) -> Iterator[None]:
+        """Inside, ``model`` computes as if nothing were attached."""
+        for handle in self._handles:
+            handle.remove()
+        try:
+            yield
+        finally:
+            self._handles = self.hook(model, getattr(model, self.slot))
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the adapter's own weights and options."""

@@ -28,6 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from gossamer.core.errors import InputError, OptionError
 from gossamer.core.paths import atomic_dir, write_json
 from gossamer.parts.checkpoints import checkpoints, load_trainable, trainable_state
+from gossamer.parts.scheduled import penalties, tell_step
 
 if TYPE_CHECKING:
     from gossamer.parts.training import TrainSettings
@@ -187,7 +188,11 @@ class Loop(Trainer):
         share = self.objective.amount(inputs) / inputs["normaliser"]
         for name, value in result.parts.items():
             self.figures[name] = self.figures.get(name, 0.0) + share * value
-        return result.value
+        value = result.value
+        for name, term in penalties(self.model).items():
+            self.figures[name] = self.figures.get(name, 0.0) + share * float(term.detach())
+            value = value + share * term
+        return value
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss and parts over the validation rows, weighted by amount."""
@@ -269,6 +274,9 @@ class _Steps(TrainerCallback):
     def __init__(self, trainer: Loop) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        tell_step(self.trainer.model, state.global_step, state.max_steps)
+
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         for hook in trainer.hooks:
@@ -282,6 +290,7 @@ class _Steps(TrainerCallback):
             trainer.heads.zero_grad()
         for hook in trainer.hooks:
             trainer.figures |= hook.after_step(state.global_step - 1, trainer.plain_optimizer)
+        tell_step(trainer.model, state.global_step, state.max_steps)
         if trainer.interrupt.requested:
             control.should_training_stop = True
             control.should_save = trainer.settings.save_every > 0

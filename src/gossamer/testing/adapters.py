@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gossamer.core.card import Entry
 from gossamer.kinds.adapters import TunerAdapter
+from gossamer.parts.scheduled import penalties, tell_step
 from gossamer.testing.bench import Bench, output
 from gossamer.testing.comparison import differs, frozen
 from gossamer.testing.running import law
@@ -170,12 +171,16 @@ def train(model: nn.Module, inputs: dict[str, Tensor], *, steps: int) -> set[str
     model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        for _ in range(steps):
+        tell_step(model, 0, steps)
+        for step in range(1, steps + 1):
             found = output(model, inputs)
-            (found - torch.randn(found.shape, generator=torch.Generator().manual_seed(2))).square().mean().backward()
+            target = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+            loss: Any = (found - target).square().mean() + sum(penalties(model).values())
+            loss.backward()
             idle -= {name for name, p in trained.items() if p.grad is not None and bool(p.grad.any())}
             optimizer.step()
             optimizer.zero_grad()
+            tell_step(model, step, steps)
     model.eval()
     return idle
 

@@ -9,7 +9,9 @@ import torch
 
 from gossamer.core.bundle import Bundle
 from gossamer.core.card import Card
+from gossamer.core.errors import InputError
 from gossamer.core.options import Config, option
+from gossamer.kinds.adapters import ModuleAdapter
 from gossamer.parts.roundtrip import probe, prove_changed, prove_same
 from gossamer.pipeline.job import Job, Step
 from gossamer.pipeline.probe_texts import probe_texts
@@ -36,12 +38,16 @@ class Merge(Step):
     def apply(self, bundle: Bundle, job: Job) -> Bundle:
         model, tokenizer = bundle.model, bundle.processor
         texts = probe_texts(job)
-        stored = next(parameter.dtype for name, parameter in model.named_parameters() if "base_layer" in name)
+        adapter = bundle.adapters[-1]
+        of_hooks = isinstance(adapter, ModuleAdapter)
+        if not hasattr(adapter, "merge"):
+            raise InputError("merge", must="follow an adapter that can be folded in", got=adapter.name)
+        stored = _stored(model, of_hooks)
         _cast(model.eval(), torch.float32)
         adapted = probe(model, tokenizer, texts)
-        with model.disable_adapter():
+        with adapter.disabled(model) if of_hooks else model.disable_adapter():
             plain = probe(model, tokenizer, texts, like=adapted)
-        merged = bundle.adapters[-1].merge(model)
+        merged = adapter.merge(model)
         after = probe(merged, tokenizer, texts, like=adapted)
         found = prove_same(adapted, after, what="merge", largest=self.config.bound, weights=False)
         if _trained(bundle):
@@ -51,6 +57,16 @@ class Merge(Step):
         bundle.model = merged.requires_grad_(False)
         bundle.adapters.pop()
         return bundle
+
+
+def _stored(model: torch.nn.Module, of_hooks: bool) -> torch.dtype:
+    """The type of the model's own weights."""
+    own = (
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if (not name.startswith(f"{ModuleAdapter.slot}.") if of_hooks else "base_layer" in name)
+    )
+    return next(own)
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
