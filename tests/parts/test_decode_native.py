@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from pathlib import Path
@@ -39,7 +40,9 @@ def runner_of(family: str, weights: str, native: str) -> Runner:
     return Runner(Bench(family).model(seed=3), weights=weights, native=native, max_length=160)
 
 
-def form_of(out: int, columns: int, bits: int, *, wide: bool = False, minima: bool = False, bias: bool = False) -> Codes:
+def form_of(
+    out: int, columns: int, bits: int, *, wide: bool = False, minima: bool = False, bias: bool = False
+) -> Codes:
     generator = torch.Generator().manual_seed(out + columns + bits)
     low, high = (-8, 8) if bits == 4 else (-128, 128)
     codes = torch.randint(low, high, (out, columns), generator=generator, dtype=torch.int8)
@@ -92,6 +95,31 @@ def test_integer_products(kind: str) -> None:
         torch.testing.assert_close(y.double(), expected, atol=1e-3, rtol=1e-5)
         # a row does not depend on its company
         assert all(torch.equal(weight(x[i : i + 1])[0], y[i]) for i in (0, 7, 14))
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_rows_are_the_weights(kind: str) -> None:
+    form = form_of(**FORMS[kind])
+    library = load_native("require")
+    assert library is not None
+    numbers = torch.tensor([0, form.codes.shape[0] - 1, 7])
+    weight = naive(torch.eye(form.inputs), dataclasses.replace(form, bias=None)).t()[numbers]
+    # one activation a row, so that only its own code of 127 enters
+    torch.testing.assert_close(IntegerWeight(form).rows(numbers).double(), weight, atol=1e-4, rtol=1e-5)
+    assert torch.equal(NativeWeight(form, library).rows(numbers), IntegerWeight(form).rows(numbers))
+
+
+def test_tied_embeddings_are_the_rows_of_the_head() -> None:
+    native, reference = runner_of("gemma3", "int8", "require"), runner_of("gemma3", "int8", "reference")
+    assert native.plan is not None and reference.plan is not None
+    ids = torch.tensor([5, 9, 300])
+    rows = native.plan.embed(ids)
+    torch.testing.assert_close(rows, reference.plan.embed(ids))
+    plain = Bench("gemma3").model(seed=3).model.embed_tokens(ids)
+    assert 0 < (rows - plain).norm() < 0.01 * plain.norm()
+    untied = runner_of("llama", "int8", "require")
+    assert untied.plan is not None
+    assert torch.equal(untied.plan.embed(ids), Bench("llama").model(seed=3).model.embed_tokens(ids))
 
 
 def test_activations_of_8_bits_are_near() -> None:

@@ -130,7 +130,7 @@ def test_cropped_state_is_a_fresh_prefill(family: str) -> None:
     runner.prefill(state, TOKENS * 3)
     twin = state.fork()
     state.crop(10)
-    ids = (TOKENS * 3)[:10] + [5]
+    ids = [*(TOKENS * 3)[:10], 5]
     torch.testing.assert_close(runner.step(state, 5), plain_logits(model, ids)[-1], atol=2e-4, rtol=1e-4)
     ids = [*TOKENS * 3, 6]
     torch.testing.assert_close(runner.step(twin, 6), plain_logits(model, ids)[-1], atol=2e-4, rtol=1e-4)

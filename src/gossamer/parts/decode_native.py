@@ -16,7 +16,6 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +75,19 @@ class NativeWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.library.linear(self.struct, F.pad(x.float(), (0, self.struct.columns - x.shape[1])).contiguous())
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Restored rows float32 [n, in]."""
+        codes, scales, minima, _ = self.tensors
+        assert codes is not None and scales is not None
+        block, lane = numbers // LANES, numbers % LANES
+        part = codes.view(*codes.shape[:3], LANES, 4)[block, :, :, lane]
+        if self.struct.bits == 4:
+            part = torch.cat((part & 15, part >> 4), 2)
+        values = (part.flatten(2).float() - (128 if self.struct.bits == 8 else 8)) * scales[block, :, lane].float()[..., None]
+        if minima is not None:
+            values = values + minima[block, :, lane][..., None]
+        return values.flatten(1)[:, : self.inputs]
 
 
 def load_native(mode: str, path: str | None = None) -> Library | None:

@@ -97,9 +97,7 @@ class NativeStep:
         shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.plan.layers]
         return State(shapes, self.max_length, torch.float32, "cpu", blocked=True)
 
-    def run(
-        self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]
-    ) -> list[Output]:
+    def run(self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]) -> list[Output]:
         positions = positions_of(chunks) if self.plan.positions is not None else torch.empty(0)
         x = embedded(self.plan, chunks, positions).float().contiguous()
         last = torch.empty_like(x)

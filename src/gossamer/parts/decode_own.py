@@ -63,9 +63,7 @@ class OwnForward:
     def open(self) -> OwnState:
         return OwnState(self.max_length)
 
-    def run(
-        self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]
-    ) -> list[Output]:
+    def run(self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]) -> list[Output]:
         if any(layer != -1 for layer in hidden):
             raise InputError("hidden", must="be (-1,) where the model runs its own forward", got=hidden)
         found = []

@@ -102,9 +102,10 @@ class Plan:
     layers: tuple[Layer, ...]
     norm: Norm
     head: Matrix
-    embed: nn.Module
+    embed: Callable[[Tensor], Tensor]  # ids [n] -> [n, d]
     width: int
     ropes: dict[str, Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]]
+    tied_scale: float | None = None  # of embeddings that are the rows of the head; None where they are not
     positions: Tensor | None = None
     softcap: float | None = None
 
@@ -169,6 +170,7 @@ def _read_llama(model: Any, text: Any) -> Plan:
         embed=text.embed_tokens,
         width=config.hidden_size,
         ropes=_ropes(text.rotary_emb, config, gemma),
+        tied_scale=_tied_scale(text.embed_tokens, model.lm_head),
         softcap=getattr(model.config, "final_logit_softcapping", None) if gemma else None,
     )
 
@@ -202,6 +204,7 @@ def _read_gpt2(model: Any, text: Any) -> Plan:
         embed=text.wte,
         width=config.hidden_size,
         ropes={},
+        tied_scale=_tied_scale(text.wte, model.lm_head),
         positions=text.wpe.weight.detach(),
     )
 
@@ -294,6 +297,13 @@ def _matrix(name: str, *modules: Any) -> Matrix:
 def _outputs(module: Any) -> int:
     _matrix("projection", module)
     return int(module.nf if isinstance(module, Conv1D) else module.out_features)
+
+
+def _tied_scale(embedding: Any, head: Any) -> float | None:
+    known = type(embedding) is nn.Embedding or type(embedding).__name__ == "Gemma3TextScaledWordEmbedding"
+    if not known or getattr(head, "weight", None) is not embedding.weight:
+        return None
+    return float(getattr(embedding, "embed_scale", 1.0))
 
 
 def _exact(path: str, module: Any, name: str) -> None:

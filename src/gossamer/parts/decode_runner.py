@@ -57,7 +57,8 @@ class Runner:
     compiles the integer kernels and falls back to torch's operators, warning once, where that fails; "require" raises;
     "never" takes torch's operators; "reference" the plain torch form of the very same arithmetic.
 
-    The model itself is not changed, and but for its embedding and expert modules not needed afterwards.
+    The model itself is not changed. Afterwards only its expert modules and its embedding are needed, and the embedding
+    not where it is the head and the head holds integers: its rows are then restored from those.
     """
 
     def __init__(
@@ -89,19 +90,24 @@ class Runner:
             self._backend: Any = OwnForward(model, self.max_length)
             return
         self.dtype = compute_dtype(weights, model)
-        wants_integers = any(integer_form(matrix, form) for matrix, form in _matrices(self.plan, weights, head or weights))
+        wants_integers = any(
+            integer_form(matrix, form) for matrix, form in _matrices(self.plan, weights, head or weights)
+        )
         self._library = load_native(native) if wants_integers and native in ("auto", "require") else None
         self._reference = native == "reference"
         matrices: dict[int, Weight] = {}
         for matrix, form in _matrices(self.plan, weights, head or weights):
             matrices[id(matrix)] = self._weight(matrix, form)
         self._head = matrices[id(self.plan.head)]
-        self.nbytes = sum(weight.nbytes for weight in matrices.values())  # type: ignore[attr-defined]
+        self.nbytes = sum(weight.nbytes for weight in matrices.values())
+        rows, scale = getattr(self._head, "rows", None), self.plan.tied_scale
+        if rows is not None and scale is not None:
+            self.plan = dataclasses.replace(self.plan, embed=lambda ids: rows(ids) * scale)
         if self._library is not None and native_fits(self.plan, matrices):
             self.native = self._library.name
             self._backend = NativeStep(self.plan, matrices, self.max_length, self._library)
         else:
-            self._backend = TorchStep(self.plan, matrices, self.max_length, self.dtype)
+            self._backend = TorchStep(self.plan, matrices, self.max_length, self.dtype, model.device)
 
     def open(self) -> Any:
         """A new request: ``length``, ``room``, ``crop(n)``, ``keep(indices)``, ``fork()``."""
@@ -160,7 +166,9 @@ class Runner:
         tree = dataclasses.replace(tree_from(len(tokens), parents, mask, positions), chain=False)
         return self.run([Chunk(state, tokens, tree, "all")], hidden)[0]
 
-    def stream(self, ids: Sequence[int] | Tensor, *, max_new_tokens: int, eos: int | Iterable[int] = ()) -> Iterator[int]:
+    def stream(
+        self, ids: Sequence[int] | Tensor, *, max_new_tokens: int, eos: int | Iterable[int] = ()
+    ) -> Iterator[int]:
         """Greedy tokens one by one; an end token is the last one given."""
         ends = {eos} if isinstance(eos, int) else set(eos)
         state = self.open()
@@ -172,9 +180,7 @@ class Runner:
                 return
             logits = self.step(state, token)
 
-    def generate(
-        self, ids: Sequence[int] | Tensor, *, max_new_tokens: int, eos: int | Iterable[int] = ()
-    ) -> list[int]:
+    def generate(self, ids: Sequence[int] | Tensor, *, max_new_tokens: int, eos: int | Iterable[int] = ()) -> list[int]:
         """The greedy continuation of a prompt, the end token included."""
         return list(self.stream(ids, max_new_tokens=max_new_tokens, eos=eos))
 

@@ -86,7 +86,9 @@ class State:
     [kv heads, capacity / 16, head_dim, 16], so that a vector holds the same place of 16 keys.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], capacity: int, dtype: torch.dtype, device: Any, blocked: bool):
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], capacity: int, dtype: torch.dtype, device: Any, blocked: bool
+    ):
         self.capacity, self.blocked, self.length = capacity, blocked, 0
         self.pending: Tree | None = None
         self.addresses: Any = None  # of keys and values, as the kernels take them

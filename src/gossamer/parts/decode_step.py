@@ -16,9 +16,9 @@ from gossamer.parts.decode_weights import Weight
 class TorchStep:
     """Rows of all chunks go through the linear layers together; attention goes chunk by chunk."""
 
-    def __init__(self, plan: Plan, matrices: dict[int, Weight], max_length: int, dtype: torch.dtype) -> None:
+    def __init__(self, plan: Plan, matrices: dict[int, Weight], max_length: int, dtype: torch.dtype, device: Any) -> None:
         self.plan, self.matrices, self.max_length, self.dtype = plan, matrices, max_length, dtype
-        self.device = next(plan.embed.parameters()).device
+        self.device = device
         places = torch.arange(max_length, device=self.device)
         self.ropes = {key: angles(places, dtype) for key, angles in plan.ropes.items()}
         self.feeds = [_feed(layer, matrices) for layer in plan.layers]
@@ -27,9 +27,7 @@ class TorchStep:
         shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.plan.layers]
         return State(shapes, self.max_length, self.dtype, self.device, blocked=False)
 
-    def run(
-        self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]
-    ) -> list[Output]:
+    def run(self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]) -> list[Output]:
         positions = positions_of(chunks, self.device)
         masks = [_mask(chunk, self.device) for chunk in chunks]
         angles = {key: (cos[positions], sin[positions]) for key, (cos, sin) in self.ropes.items()}
@@ -88,7 +86,9 @@ def outputs(
     for chunk in chunks:
         start = ends[-1] if ends else 0
         ends.append(start + len(chunk.tokens))
-        asked.append({"all": range(start, ends[-1]), "last": range(ends[-1] - 1, ends[-1]), "none": range(0)}[chunk.logits])
+        asked.append(
+            {"all": range(start, ends[-1]), "last": range(ends[-1] - 1, ends[-1]), "none": range(0)}[chunk.logits]
+        )
     rows = [row for part in asked for row in part]
     scores = head(seen[-1] if len(rows) == len(seen[-1]) else seen[-1][rows])
     picked = torch.stack([seen[layer] for layer in hidden]) if hidden else None

@@ -1,7 +1,7 @@
 """Matrices as the decoding runner multiplies by them: floats, or integers in groups of 32.
 
-Integer weights ``w = q s + m`` (``q`` signed, of 4 or 8 bits; ``s``, and where asymmetric ``m``, per row and group ``g``
-of 32 inputs) meet activations that are quantised on the way, each row in the same groups:
+Integer weights ``w = q s + m`` (``q`` signed, of 4 or 8 bits; ``s``, and where asymmetric ``m``, for each row and group
+``g`` of 32 inputs) meet activations that are quantised on the way, each row in the same groups:
 
     t_g = max |x_g| / 127      a_g = round(x_g / t_g)
     y   = sum_g  t_g ( s_g sum_i q_i a_i  +  m_g sum_i a_i )
@@ -77,6 +77,12 @@ class IntegerWeight:
         y = torch.cat(parts, 1)
         return y if form.bias is None else y + form.bias
 
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Restored rows float32 [n, in]."""
+        form = self.form
+        minima = None if form.minima is None else form.minima[numbers]
+        return restore(form.codes[numbers], form.scales[numbers], minima, torch.float32)[:, : form.inputs]
+
 
 class TorchIntegerWeight:
     """torch's int4 operator: codes of 8 bits as two of 4. bfloat16 inside, float32 in and out."""
@@ -115,7 +121,7 @@ def compute_dtype(weights: str, model: Any) -> torch.dtype:
 
 
 def integer_form(matrix: Matrix, weights: str) -> Codes | None:
-    """The matrix as integers if ``weights`` asks for them and its own groups, if it is packed, are made of whole 32s."""
+    """The matrix as integers where ``weights`` asks for them and its own groups, if it is packed, are whole 32s."""
     packed = [isinstance(part, QuantLinear) for part in matrix.parts]
     if weights in _FLOATS or (weights == "stored" and not all(packed)):
         return None
@@ -130,7 +136,7 @@ def integer_form(matrix: Matrix, weights: str) -> Codes | None:
 
 def float_weight(matrix: Matrix, dtype: torch.dtype) -> FloatWeight:
     weights, biases = zip(*(_floats(part, dtype) for part in matrix.parts), strict=True)
-    bias = _joined_or_none([bias for bias in biases], [weight.shape[0] for weight in weights])
+    bias = _joined_or_none(list(biases), [weight.shape[0] for weight in weights])
     # one part is not copied: a tied head may be most of the model
     return FloatWeight(weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
