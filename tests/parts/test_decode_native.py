@@ -111,7 +111,8 @@ def test_rows_are_the_weights(kind: str) -> None:
 
 def test_tied_embeddings_are_the_rows_of_the_head() -> None:
     native, reference = runner_of("gemma3", "int8", "require"), runner_of("gemma3", "int8", "reference")
-    assert native.plan is not None and reference.plan is not None
+    assert native.plan is not None
+    assert reference.plan is not None
     ids = torch.tensor([5, 9, 300])
     rows = native.plan.embed(ids)
     torch.testing.assert_close(rows, reference.plan.embed(ids))

@@ -79,12 +79,15 @@ class NativeWeight:
     def rows(self, numbers: Tensor) -> Tensor:
         """Restored rows float32 [n, in]."""
         codes, scales, minima, _ = self.tensors
-        assert codes is not None and scales is not None
+        assert codes is not None
+        assert scales is not None
         block, lane = numbers // LANES, numbers % LANES
         part = codes.view(*codes.shape[:3], LANES, 4)[block, :, :, lane]
         if self.struct.bits == 4:
             part = torch.cat((part & 15, part >> 4), 2)
-        values = (part.flatten(2).float() - (128 if self.struct.bits == 8 else 8)) * scales[block, :, lane].float()[..., None]
+        values = (part.flatten(2).float() - (128 if self.struct.bits == 8 else 8)) * scales[block, :, lane].float()[
+            ..., None
+        ]
         if minima is not None:
             values = values + minima[block, :, lane][..., None]
         return values.flatten(1)[:, : self.inputs]

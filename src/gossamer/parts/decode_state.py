@@ -13,15 +13,18 @@ a tree they are pending until :meth:`State.keep` says which path was accepted.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.core.errors import InputError
 
 LANES = 16  # keys of a block in the native layout
+_ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +97,9 @@ class State:
         self.addresses: Any = None  # of keys and values, as the kernels take them
         blocks = -(-capacity // LANES)
         # a masked place is multiplied by zero, so it must never hold NaN
-        self.values = [torch.zeros(h, blocks * LANES, d, dtype=dtype, device=device) for h, d in shapes]
+        self.values = [_zeros((h, blocks * LANES, d), dtype, device) for h, d in shapes]
         self.keys = [
-            torch.zeros((h, blocks, d, LANES) if blocked else (h, blocks * LANES, d), dtype=dtype, device=device)
-            for h, d in shapes
+            _zeros((h, blocks, d, LANES) if blocked else (h, blocks * LANES, d), dtype, device) for h, d in shapes
         ]
 
     @property
@@ -130,7 +132,11 @@ class State:
         twin = State.__new__(State)
         twin.__dict__.update(self.__dict__)
         twin.addresses = None
-        twin.keys, twin.values = [t.clone() for t in self.keys], [t.clone() for t in self.values]
+        used = self.length + (0 if self.pending is None else len(self.pending.depths))
+        ends = (-(-used // LANES) if self.blocked else used, used)
+        twin.keys, twin.values = (
+            [_copied(t, end) for t in ts] for ts, end in zip((self.keys, self.values), ends, strict=True)
+        )
         return twin
 
     def check(self, count: int, where: str) -> None:
@@ -185,3 +191,20 @@ def _from_mask(count: int, mask: Any) -> tuple[int, ...]:
 
 def _bits(bits: int) -> list[int]:
     return [i for i in range(bits.bit_length()) if bits >> i & 1]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
+    """Zeros whose memory is taken page by page as it is written, and begins with a whole vector."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    raw = torch.from_numpy(np.zeros(size + _ALIGNMENT, np.uint8))
+    start = -raw.data_ptr() % _ALIGNMENT
+    return raw[start : start + size].view(dtype).view(shape)
+
+
+def _copied(tensor: Tensor, end: int) -> Tensor:
+    """A copy whose second axis is filled up to ``end``."""
+    twin = _zeros(tuple(tensor.shape), tensor.dtype, tensor.device)
+    twin[:, :end] = tensor[:, :end]
+    return twin

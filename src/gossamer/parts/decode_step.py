@@ -16,7 +16,9 @@ from gossamer.parts.decode_weights import Weight
 class TorchStep:
     """Rows of all chunks go through the linear layers together; attention goes chunk by chunk."""
 
-    def __init__(self, plan: Plan, matrices: dict[int, Weight], max_length: int, dtype: torch.dtype, device: Any) -> None:
+    def __init__(
+        self, plan: Plan, matrices: dict[int, Weight], max_length: int, dtype: torch.dtype, device: Any
+    ) -> None:
         self.plan, self.matrices, self.max_length, self.dtype = plan, matrices, max_length, dtype
         self.device = device
         places = torch.arange(max_length, device=self.device)

@@ -16,8 +16,8 @@ Matrices of a model saved in the project's own format keep their codes; others a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,13 @@ FORMATS = ("stored", "float32", "bfloat16", "int8", "int4")
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ROWS = 4096  # of a matrix that are restored at a time
 
-Weight = Callable[[Tensor], Tensor]  # [n, in] -> [n, out]; has ``nbytes``
+
+class Weight(Protocol):
+    """A matrix to multiply by: [n, in] -> [n, out]."""
+
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
