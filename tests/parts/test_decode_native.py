@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from gossamer.core.errors import GossamerError
@@ -22,7 +23,7 @@ from gossamer.parts.decode_state import tree_from
 from gossamer.parts.decode_weights import Codes, IntegerWeight, integer_form, quantise_rows
 from gossamer.parts.quant_format import Packing, find_matrices, mark_quantised, pack_matrix
 from gossamer.parts.quant_linear import QuantLinear
-from gossamer.testing.bench import Bench
+from gossamer.testing.bench import Bench, _text
 
 DENSE = ("llama", "gemma3", "qwen3", "gpt2")
 PATHS = ("avx512vnni", "avx2", "plain")
@@ -38,6 +39,52 @@ def runnable() -> list[str]:
 @functools.cache
 def runner_of(family: str, weights: str, native: str) -> Runner:
     return Runner(Bench(family).model(seed=3), weights=weights, native=native, max_length=160)
+
+
+def variant(name: str) -> Any:
+    shape = _text(2)
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = {
+            "llama3_with_biases": lambda: transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**shape, rope_parameters=rope, attention_bias=True, mlp_bias=True)),
+            "mistral_window": lambda: transformers.MistralForCausalLM(
+                transformers.MistralConfig(**shape, sliding_window=6)),
+            "mixtral_window": lambda: transformers.MixtralForCausalLM(
+                transformers.MixtralConfig(**shape, sliding_window=6, num_local_experts=4)),
+            "qwen2_window": lambda: transformers.Qwen2ForCausalLM(
+                transformers.Qwen2Config(**shape, use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+            "gemma3_capped": lambda: transformers.Gemma3ForCausalLM(
+                transformers.Gemma3TextConfig(**shape, sliding_window=6, final_logit_softcapping=3.0,
+                                              layer_types=["sliding_attention", "full_attention"])),
+            "dynamic_rope": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                **shape, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
+        }[name]()  # fmt: skip
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, 0.5, 0.3)  # biases and gains that count
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3_with_biases", "mistral_window", "mixtral_window", "qwen2_window", "gemma3_capped"]
+)
+def test_variants_of_the_families(name: str) -> None:
+    model = variant(name)
+    runner, ids = Runner(model, max_length=64), TOKENS * 4
+    assert runner.reason == ""
+    state = runner.open()
+    mine = [runner.prefill(state, ids[:9]), *(runner.step(state, token) for token in ids[9:])]
+    with torch.no_grad():
+        plain = model(input_ids=torch.tensor([ids])).logits[0, 8:]
+    torch.testing.assert_close(torch.stack(mine), plain, atol=2e-4, rtol=1e-4)
+
+
+def test_angles_that_change_with_the_length_are_not_planned() -> None:
+    runner = Runner(variant("dynamic_rope"), max_length=64)
+    assert "dynamic" in runner.reason
 
 
 def form_of(
@@ -192,6 +239,17 @@ def test_chain_company_and_threads_change_no_bit(family: str) -> None:
         torch.set_num_threads(threads)
 
 
+def test_biases_reach_the_kernels() -> None:
+    model = variant("llama3_with_biases")
+    found = []
+    for native in ("require", "reference"):
+        runner = Runner(model, weights="int8", native=native, max_length=64)
+        found.append(runner.prefill(runner.open(), TOKENS))
+    exact = Runner(model, max_length=64)
+    cost = (found[1] - exact.prefill(exact.open(), TOKENS)).norm()
+    assert (found[0] - found[1]).norm() < 0.2 * cost
+
+
 def test_experts_run_beside_integer_matrices() -> None:
     runner = runner_of("mixtral", "int8", "require")
     assert runner.plan is not None
@@ -212,6 +270,8 @@ def test_quantised_model_runs_on_its_own_codes() -> None:
         runner = Runner(model, max_length=64, native=native)
         mine = runner.prefill(runner.open(), TOKENS)
         assert (mine - plain).norm() < 0.05 * plain.norm(), native
+    half = Runner(model, head="stored", max_length=64)
+    assert half._head(torch.ones(1, 64)).dtype == torch.float32
     floats = Runner(model, weights="float32", max_length=64)
     torch.testing.assert_close(floats.prefill(floats.open(), TOKENS), plain, atol=2e-4, rtol=1e-4)
 

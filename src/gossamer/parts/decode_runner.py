@@ -200,7 +200,7 @@ class Runner:
     def _weight(self, matrix: Matrix, form: str) -> Weight:
         codes = integer_form(matrix, form)
         if codes is None:
-            return float_weight(matrix, self.dtype)
+            return float_weight(matrix, form, self.dtype)
         if self._library is not None:
             return NativeWeight(codes, self._library)
         if not self._reference and TorchIntegerWeight.fits(codes):

@@ -57,12 +57,14 @@ class Codes:
 
 
 class FloatWeight:
+    """Its own dtype inside, that of ``x`` outside."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 class IntegerWeight:
@@ -140,7 +142,11 @@ def integer_form(matrix: Matrix, weights: str) -> Codes | None:
     return _joined(forms)
 
 
-def float_weight(matrix: Matrix, dtype: torch.dtype) -> FloatWeight:
+def float_weight(matrix: Matrix, weights: str, dtype: torch.dtype) -> FloatWeight:
+    """In ``dtype``; with "stored" in the matrix's own, where it has one."""
+    own: Any = matrix.parts[0]
+    if weights == "stored" and not isinstance(own, QuantLinear):
+        dtype = own.weight.dtype
     weights, biases = zip(*(_floats(part, dtype) for part in matrix.parts), strict=True)
     bias = _joined_or_none(list(biases), [weight.shape[0] for weight in weights])
     # one part is not copied: a tied head may be most of the model
