@@ -1,0 +1,157 @@
+"""One step of the decoding runner as one call of the compiled kernels: all layers, integer weights, float32 between.
+
+Nothing is dispatched between two matrices, which is most of what a small model's step costs in torch. What a request
+gives does not depend on the number of threads, on its company, or on whether tokens come as a chain or one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.parts.decode_native import Library, MatrixStruct, NativeWeight, address
+from gossamer.parts.decode_plan import Feed, Layer, Norm, Plan
+from gossamer.parts.decode_state import LANES, Chunk, Output, State
+from gossamer.parts.decode_step import embedded, outputs, positions_of
+from gossamer.parts.decode_weights import GROUP, Weight
+
+_ACTS = ("silu", "gelu_tanh", "gelu")
+_NORMS = ("before_attention", "after_attention", "before_feed", "after_feed", "q_norm", "k_norm")
+
+
+class NormStruct(ctypes.Structure):
+    """``Norm`` of the source."""
+
+    _fields_ = (("gain", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float), ("kind", ctypes.c_int32))
+
+
+class LayerStruct(ctypes.Structure):
+    """``Layer`` of the source."""
+
+    _fields_ = (
+        *((name, MatrixStruct) for name in ("qkv", "out", "up", "down")),
+        *((name, NormStruct) for name in _NORMS),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "head_dim", "window", "rope", "act", "gated")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class SpanStruct(ctypes.Structure):
+    """``Span`` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "past", "blocks", "unused")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "visible", "depths")),
+    )
+
+
+class ModelStruct(ctypes.Structure):
+    """``Model`` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("layers", "cosines", "sines")),
+        ("norm", NormStruct),
+        *((name, ctypes.c_int32) for name in ("count", "width")),
+    )
+
+
+def native_fits(plan: Plan, matrices: dict[int, Weight]) -> bool:
+    """Whether the kernels know every layer: dense, integer matrices, widths in whole vectors."""
+
+    def ready(layer: Layer) -> bool:
+        feed, a = layer.feed, layer.attention
+        if not isinstance(feed, Feed) or feed.act_name not in _ACTS or a.head_dim % LANES:
+            return False
+        weights = [matrices[id(m)] for m in (a.qkv, a.out, feed.up, feed.down)]
+        return all(isinstance(w, NativeWeight) and w.inputs % GROUP == 0 for w in weights)
+
+    return all(ready(layer) for layer in plan.layers)
+
+
+class NativeStep:
+    def __init__(self, plan: Plan, matrices: dict[int, Weight], max_length: int, library: Library) -> None:
+        self.plan, self.max_length, self.library = plan, max_length, library
+        places = torch.arange(max_length)
+        names = list(plan.ropes)
+        tables = [plan.ropes[name](places, torch.float32) for name in names]
+        # everything that the structures point at
+        self.kept: list[Any] = [[t.contiguous() for t in pair] for pair in zip(*tables, strict=True)]
+        layers = [self._layer(layer, matrices, names) for layer in plan.layers]
+        self.kept += [matrices, (LayerStruct * len(layers))(*layers)]
+        cosines, sines = (_pointers(t) for t in self.kept[:2]) if tables else (None, None)
+        self.kept += [cosines, sines]
+        self.model = ModelStruct(
+            ctypes.addressof(self.kept[-3]),
+            None if cosines is None else ctypes.addressof(cosines),
+            None if sines is None else ctypes.addressof(sines),
+            self._norm(plan.norm),
+            len(layers),
+            plan.width,
+        )
+
+    def open(self) -> State:
+        shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.plan.layers]
+        return State(shapes, self.max_length, torch.float32, "cpu", blocked=True)
+
+    def run(self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]) -> list[Output]:
+        positions = positions_of(chunks) if self.plan.positions is not None else torch.empty(0)
+        x = embedded(self.plan, chunks, positions).float().contiguous()
+        last = torch.empty_like(x)
+        count = len(self.plan.layers)
+        wanted = {layer % (count + 1) for layer in hidden} - {count}
+        seen = [torch.empty_like(x) if layer in wanted else None for layer in range(count + 1)]
+        kept: list[Any] = []
+        spans = (SpanStruct * len(chunks))(*(_span(chunk, kept) for chunk in chunks))
+        copies = _pointers(seen) if wanted else None
+        self.library.calls.gossamer_step(
+            ctypes.byref(self.model), spans, ctypes.c_int(len(chunks)), address(x), address(last), copies,
+            ctypes.c_int(torch.get_num_threads()),
+        )  # fmt: skip
+        seen[-1] = last
+        return outputs(chunks, [last if state is None else state for state in seen], hidden, head)
+
+    def _layer(self, layer: Layer, matrices: dict[int, Any], ropes: list[str]) -> LayerStruct:
+        a, feed = layer.attention, layer.feed
+        assert isinstance(feed, Feed)
+        parts = [matrices[id(matrix)].struct for matrix in (a.qkv, a.out, feed.up, feed.down)]
+        norms = [self._norm(getattr(a if name in ("q_norm", "k_norm") else layer, name)) for name in _NORMS]
+        return LayerStruct(
+            *parts,
+            *norms,
+            a.heads,
+            a.kv_heads,
+            a.head_dim,
+            a.window or 0,
+            -1 if a.rope is None else ropes.index(a.rope),
+            _ACTS.index(feed.act_name),
+            feed.gated,
+            a.scale,
+        )
+
+    def _norm(self, norm: Norm | None) -> NormStruct:
+        if norm is None:
+            return NormStruct(None, None, 0.0, 0)
+        parts = [None if t is None else t.float().contiguous() for t in (norm.gain, norm.bias)]
+        self.kept.append(parts)
+        return NormStruct(*map(address, parts), norm.eps, 1 if norm.kind == "rms" else 2)
+
+
+def _span(chunk: Chunk, kept: list[Any]) -> SpanStruct:
+    state, tree, n = chunk.state, chunk.tree, len(chunk.tokens)
+    if state.addresses is None:
+        state.addresses = (_pointers(state.keys), _pointers(state.values))
+    is_chain = tree.ancestors[-1] == (1 << n) - 1
+    visible = None if is_chain else tree.visible().to(torch.uint8).contiguous()
+    depths = (ctypes.c_int32 * n)(*tree.depths)
+    kept += [visible, depths]
+    keys, values = (ctypes.addressof(pointers) for pointers in state.addresses)
+    blocks = state.keys[0].shape[1]
+    return SpanStruct(n, state.length, blocks, 0, keys, values, address(visible), ctypes.addressof(depths))
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*map(address, tensors))
