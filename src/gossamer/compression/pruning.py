@@ -101,7 +101,6 @@ class Pruning(Compression):
         values = {"sparsity": zeros / counted, "method": config.method, "pattern": config.pattern or "unstructured"}
         return Compressed(model, CompressionReport(before, held_bytes(model), rows, values))
 
-
     def _blocks(self, model: nn.Module, data: Any) -> Iterator[tuple[int, dict[str, Any], dict[str, Tensor]]]:
         """Number, layers and, for Wanda, ||X_j||_2 of each layer's inputs [in], block by block."""
         blocks = list(decoder_blocks(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -54,7 +54,11 @@ class Compression(System):
     """Makes a model smaller. ``data`` is a list of token batches, or ``None`` for methods that need weights only."""
 
     verb = "compress"
-    calibrates: bool = False  # needs data: a recipe gives it its training texts
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it needs data: a recipe then gives it its training texts."""
+        return False
 
     def check(self, model: nn.Module, data: Any = None) -> None:
         if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):

@@ -154,7 +154,7 @@ def _read_llama(model: Any, text: Any) -> Plan:
         _exact(f"layers.{number}.self_attn", attention, f"{family}Attention")
         names = ("before_attention", "after_attention", "before_feed", "after_feed") if gemma else (
             "before_attention", "before_feed")  # fmt: skip
-        modules = (block.input_layernorm, block.post_attention_layernorm)
+        modules: tuple[Any, ...] = (block.input_layernorm, block.post_attention_layernorm)
         if gemma:
             modules += (block.pre_feedforward_layernorm, block.post_feedforward_layernorm)
         norms: dict[str, Any] = {

@@ -84,7 +84,8 @@ def outputs(
     chunks: Sequence[Chunk], seen: Sequence[Tensor], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]
 ) -> list[Output]:
     """Split rows by chunk. ``seen`` holds the hidden states of all layers, the last one normed."""
-    ends, asked = [], []
+    ends: list[int] = []
+    asked = []
     for chunk in chunks:
         start = ends[-1] if ends else 0
         ends.append(start + len(chunk.tokens))

@@ -77,11 +77,11 @@ class IntegerWeight:
     def __call__(self, x: Tensor) -> Tensor:
         form = self.form
         codes, scales = quantise_rows(x, form.codes.shape[1])
-        parts = [
-            _grouped(codes, scales, *(None if t is None else t[i : i + _ROWS] for t in (form.codes, form.scales)), None
-                     if form.minima is None else form.minima[i : i + _ROWS])
-            for i in range(0, len(form.codes), _ROWS)
-        ]  # fmt: skip
+        parts = []
+        for start in range(0, len(form.codes), _ROWS):
+            rows = slice(start, start + _ROWS)
+            minima = None if form.minima is None else form.minima[rows]
+            parts.append(_grouped(codes, scales, form.codes[rows], form.scales[rows], minima))
         y = torch.cat(parts, 1)
         return y if form.bias is None else y + form.bias
 
@@ -147,10 +147,10 @@ def float_weight(matrix: Matrix, weights: str, dtype: torch.dtype) -> FloatWeigh
     own: Any = matrix.parts[0]
     if weights == "stored" and not isinstance(own, QuantLinear):
         dtype = own.weight.dtype
-    weights, biases = zip(*(_floats(part, dtype) for part in matrix.parts), strict=True)
-    bias = _joined_or_none(list(biases), [weight.shape[0] for weight in weights])
+    floats, biases = zip(*(_floats(part, dtype) for part in matrix.parts), strict=True)
+    bias = _joined_or_none(list(biases), [part.shape[0] for part in floats])
     # one part is not copied: a tied head may be most of the model
-    return FloatWeight(weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    return FloatWeight(floats[0] if len(floats) == 1 else torch.cat(floats), bias)
 
 
 def quantise_rows(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
