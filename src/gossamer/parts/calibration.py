@@ -32,7 +32,7 @@ from gossamer.core.errors import InputError
 from gossamer.parts.injection import widths
 
 Batch = Mapping[str, Any]
-SHORT = 8  # fewer tokens than an eighth of a layer's inputs are too few
+SHORT = 8  # fewer tokens than an eighth of a layer's inputs are too few for a matrix
 _ILL = 1e-12  # smallest over largest pivot of a matrix that counts as singular
 _TRIES = 8
 
@@ -113,7 +113,7 @@ def collect(
     all batches again. InputError for no or too few tokens, NaN inputs, or a layer that the batches do not reach.
     """
     layers = {name: _width(model, name) for name in names}
-    checked = check_batches(batches, "collect", width=max(layers.values(), default=1))
+    checked = check_batches(batches, "collect", width=max(layers.values(), default=1) if full else 1)
     waiting = list(layers)
     while waiting:
         lot: dict[str, InputStatistics] = {}
@@ -158,7 +158,7 @@ def block_by_block(
     widest = max(
         (_width(block, name) for block, inside in zip(blocks, names, strict=True) for name in inside), default=1
     )
-    checked = check_batches(batches, "block_by_block", width=widest)
+    checked = check_batches(batches, "block_by_block", width=widest if full else 1)
     calls = [block_calls(model, blocks, batch) for batch in checked]
     hidden = [per_block[0].hidden for per_block in calls]
     for index, (block, inside) in enumerate(zip(blocks, names, strict=True)):
