@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.parts.decode_plan import Attention, Feed, Layer, Plan
-from gossamer.parts.decode_state import Chunk, Output, State, Tree
+from gossamer.parts.decode_state import BEFORE_NORM, Chunk, Output, State, Tree
 from gossamer.parts.decode_weights import Weight
 
 
@@ -43,7 +43,7 @@ class TorchStep:
             x = x + (h if layer.after_feed is None else layer.after_feed(h))
             seen.append(x)
         seen[-1] = self.plan.norm(x)
-        return outputs(chunks, seen, hidden, head)
+        return outputs(chunks, seen, x, hidden, head)
 
     def _attend(
         self,
@@ -81,9 +81,13 @@ def embedded(plan: Plan, chunks: Sequence[Chunk], positions: Tensor, device: Any
 
 
 def outputs(
-    chunks: Sequence[Chunk], seen: Sequence[Tensor], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]
+    chunks: Sequence[Chunk],
+    seen: Sequence[Tensor],
+    raw: Tensor,
+    hidden: tuple[int, ...],
+    head: Callable[[Tensor], Tensor],
 ) -> list[Output]:
-    """Split rows by chunk. ``seen`` holds the hidden states of all layers, the last one normed."""
+    """Split rows by chunk. ``seen`` holds the hidden states of all layers, the last one normed; ``raw`` is it before."""
     ends, asked = [], []
     for chunk in chunks:
         start = ends[-1] if ends else 0
@@ -93,7 +97,7 @@ def outputs(
         )
     rows = [row for part in asked for row in part]
     scores = head(seen[-1] if len(rows) == len(seen[-1]) else seen[-1][rows])
-    picked = torch.stack([seen[layer] for layer in hidden]) if hidden else None
+    picked = torch.stack([raw if layer == BEFORE_NORM else seen[layer] for layer in hidden]) if hidden else None
     found, first = [], 0
     for chunk, part, end in zip(chunks, asked, ends, strict=True):
         states = None if picked is None else picked[:, end - len(chunk.tokens) : end].clone()
