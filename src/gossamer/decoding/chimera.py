@@ -94,7 +94,8 @@ class Chimera(FittedDrafter):
         news = state.take()
         if news.shape[1]:
             if self.config.full_context:
-                self.module.layer.remember(news[0], state.memory.length, state.memory)
+                memory = state.memories[0]
+                self.module.layer.remember(news[0], memory.length, memory)
             state.last["h"] = news[0, -1]
         return _Source(self, state)
 
@@ -112,7 +113,7 @@ class _Source:
     sees of the draft."""
 
     def __init__(self, system: Chimera, state: DraftState) -> None:
-        self.system, self.module, self.memory = system, system.module, state.memory
+        self.system, self.module, self.memory = system, system.module, state.memories[0]
         self.vocabulary = system.reading.vocabulary
         self.h, self.start = state.last["h"], state.past.length
         self.memory.crop(self.memory.length)

@@ -304,14 +304,12 @@ class DrafterDecoding(_OwnSteps):
         """Whether a request stops guessing while that is slower than plain steps."""
         return bool(getattr(self.config, "switch_off", True))
 
-    def observe(
-        self, states: Sequence[Any], emitted: Sequence[Sequence[int]], hidden: Sequence[Tensor] | None
-    ) -> None:
+    def observe(self, states: Sequence[Any], emitted: Sequence[Sequence[int]], hidden: Sequence[Tensor] | None) -> None:
         """After tokens came into the past of requests: what each emitted (nothing while the prompt is read), and
         hidden states [layers, m, d] of the tokens that came in."""
 
     def drafter(self, model: Any, *, tokenizer: Any = None, **runner: Any) -> Drafter:
-        """Bind the model, with the options of :class:`~gossamer.parts.decode_runner.Runner`, for requests one by one."""
+        """Bind the model, with the options of :class:`~gossamer.parts.decode_runner.Runner`, for single requests."""
         self._bound = (model, self._speculator(model, **runner))
         return Drafter(self, model, tokenizer)
 

@@ -27,11 +27,11 @@ VOCABULARY = "vocabulary"
 
 
 class DraftState(RequestState):
-    """A request of a fitted drafter: ``memory`` of its layer, and hidden states that it has not processed yet."""
+    """A request of a fitted drafter: the ``memories`` of its layers, and hidden states that are not processed yet."""
 
-    def __init__(self, prompt: Sequence[int]) -> None:
+    def __init__(self, prompt: Sequence[int], layers: int) -> None:
         super().__init__(prompt)
-        self.memory = Memory()
+        self.memories = [Memory() for _ in range(layers)]
         self.done = 0  # places whose states were taken
         self.last: dict[str, Tensor] = {}  # what a drafter keeps of the last place
         self._news: list[Tensor] = []
@@ -54,12 +54,14 @@ class DraftState(RequestState):
             self.past.crop(max(0, min(self.past.length, len(self.ids) - 2)))
             held = torch.cat(self._news, 1)[:, : max(0, self.past.length - self.done)] if self._news else None
             self.done = min(self.done, self.past.length)
-            self.memory.crop(self.past.length)
+            for memory in self.memories:
+                memory.crop(self.past.length)
             self._news = [] if held is None or not held.shape[1] else [held]
 
     def fork(self) -> Self:
         twin = super().fork()
-        twin.memory, twin.last, twin._news = self.memory.fork(), dict(self.last), list(self._news)
+        twin.memories = [memory.fork() for memory in self.memories]
+        twin.last, twin._news = dict(self.last), list(self._news)
         return twin
 
 
@@ -88,6 +90,11 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
     def hidden(self, model: Any) -> tuple[int, ...]:
         return (-1,)
 
+    @property
+    def layer_count(self) -> int:
+        """Layers of the module that keep a memory of the text."""
+        return 1
+
     def training(self) -> Mapping[str, Any]:
         """What :func:`gossamer.parts.drafter_training.train` takes beside the system's options."""
         return {}
@@ -115,16 +122,18 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
         vocabulary = frequent(windows, config.draft_vocab, model.get_output_embeddings().weight.shape[0])
         self.reading = Reading(model, vocabulary)
         module = self._seeded(model)
-        losses = train(
-            module,
-            lambda batch: self.loss(module, batch, Targets(batch, batch.states[0], config.labels, self.reading)),
-            windows,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            rate=config.rate,
-            seed=self.seed,
-            **self.training(),
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            losses = train(
+                module,
+                lambda batch: self.loss(module, batch, Targets(batch, batch.states[0], config.labels, self.reading)),
+                windows,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                rate=config.rate,
+                seed=self.seed,
+                **self.training(),
+            )
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
         tokens = sum(len(window.ids) for window in windows)
         values = {"first_loss": losses[0], "last_loss": losses[-1], "windows": len(windows), "tokens": tokens}
@@ -140,7 +149,7 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
         self.module.eval()
 
     def begin(self, model: Any, prompt: Sequence[int], tokenizer: Any) -> DraftState:
-        return DraftState(prompt)
+        return DraftState(prompt, self.layer_count)
 
     @torch.no_grad()
     def draft(self, states: Sequence[Any], k: int) -> list[Draft]:

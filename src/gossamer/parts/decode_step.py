@@ -87,7 +87,9 @@ def outputs(
     hidden: tuple[int, ...],
     head: Callable[[Tensor], Tensor],
 ) -> list[Output]:
-    """Split rows by chunk. ``seen`` holds the hidden states of all layers, the last one normed; ``raw`` is it before."""
+    """Split rows by chunk. ``seen`` holds the hidden states of all layers, the last one normed; ``raw`` it before.
+
+    Where no logits are wanted of any chunk, they are [0, 0]."""
     ends, asked = [], []
     for chunk in chunks:
         start = ends[-1] if ends else 0
@@ -96,7 +98,8 @@ def outputs(
             {"all": range(start, ends[-1]), "last": range(ends[-1] - 1, ends[-1]), "none": range(0)}[chunk.logits]
         )
     rows = [row for part in asked for row in part]
-    scores = head(seen[-1] if len(rows) == len(seen[-1]) else seen[-1][rows])
+    # not every product takes no rows
+    scores = head(seen[-1] if len(rows) == len(seen[-1]) else seen[-1][rows]) if rows else seen[-1].new_zeros(0, 0)
     picked = torch.stack([raw if layer == BEFORE_NORM else seen[layer] for layer in hidden]) if hidden else None
     found, first = [], 0
     for chunk, part, end in zip(chunks, asked, ends, strict=True):

@@ -5,7 +5,7 @@ looked at and which tokens are guessed:
 
 - :func:`static_tree`: a fixed shape; a level's first places in order get so many of their best tokens. The default is
   the tree of 25 tokens, 5 deep, of EAGLE (Li et al. 2024, arXiv 2401.15077).
-- :func:`beam_tree`: each level keeps the ``top_k`` best places by joint log-probability, and of all tokens seen the best
+- :func:`beam_tree`: each level keeps the ``top_k`` best places by joint log-probability; of all tokens seen the best
   ``total`` are guessed (EAGLE-2, arXiv 2406.16858).
 - :func:`budget_tree`: at each place the tokens up to a cumulative probability, none far below the best; of a level's
   candidates the best by joint log-probability while the budget lasts (Clover, arXiv 2405.00263).

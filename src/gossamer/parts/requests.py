@@ -39,14 +39,12 @@ class Choice:
         scores = self.scores(ids, scores)
         return self._draw(scores.softmax(-1)) if self.sample else int(scores.argmax())
 
-    def among(
-        self, ids: Sequence[int], scores: Tensor, tokens: Sequence[int], drafted: Sequence[Tensor] | None
-    ) -> int:
+    def among(self, ids: Sequence[int], scores: Tensor, tokens: Sequence[int], drafted: Sequence[Tensor] | None) -> int:
         """The next token, given that ``tokens`` were drafted for its place; distributed as :meth:`pick`'s.
 
-        ``drafted[i]`` [V] is what token i was drawn from, given the tokens before it. They are tried in order: token x is
-        kept with probability min(1, p(x) / q(x)), else p becomes max(0, p - q), normalised, for the next one; the last p
-        is drawn from (Leviathan et al. 2023, arXiv 2211.17192; Miao et al. 2023, arXiv 2305.09781, for siblings). For
+        ``drafted[i]`` [V] is what token i was drawn from, given the tokens before it. They are tried in order: token x
+        is kept with probability min(1, p(x) / q(x)), else p becomes max(0, p - q), normalised, for the next one; the
+        last p is drawn from (Leviathan et al. 2023, arXiv 2211.17192; Miao et al. 2023, arXiv 2305.09781, for siblings). For
         tokens that were not drawn (``None``) keeping x with probability p(x) and striking it out otherwise is the same
         as one draw from p, which is what is done: the text is then that of plain sampling with the same generator.
         """
@@ -71,8 +69,8 @@ class Choice:
 class RequestState:
     """One request: its ``prompt`` and the ``tokens`` accepted since. Systems derive from it to keep more.
 
-    ``choice`` says how its tokens are drawn, ``room`` how many it may still emit (``None``: no limit known) and ``ends``
-    after which token it is over; all are the caller's. ``past`` is the base model's memory where the step is run here
+    ``choice`` says how its tokens are drawn, ``room`` how many it may still emit (``None``: no limit known),
+    ``ends`` after which token it is over; all are the caller's. ``past`` is the base model's memory where the step is run here
     and not by transformers: a row, or a state of the decoding runner. ``record`` is kept by the speculation engine.
     """
 
@@ -116,9 +114,9 @@ class RequestState:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """Guessed tokens. ``parents[i]`` < i is the place of the token before token i, -1 for the accepted text; ``None`` for
-    a chain. ``probs[i]`` [V] is what token i was drawn from, given its earlier siblings (``None``: it was chosen and not
-    drawn, as the best tokens of a drafter are)."""
+    """Guessed tokens. ``parents[i]`` < i is the place of the token before token i, -1 for the accepted text; ``None``
+    for a chain. ``probs[i]`` [V] is what token i was drawn from, given its earlier siblings (``None``: it was chosen and
+    not drawn, as the best tokens of a drafter are)."""
 
     tokens: Sequence[int]
     parents: Sequence[int] | None = None

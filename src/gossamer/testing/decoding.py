@@ -158,10 +158,9 @@ def check_a_drafter_of_another_base_is_refused(entry: Entry, bench: Bench) -> No
         system.save(Path(folder) / "saved")
         try:
             type(system).load(Path(folder) / "saved", Bundle(bench.model(seed=1), given["tokenizer"]))
-        except UsageError as error:
-            assert ": must " in str(error)
-        else:
-            raise AssertionError("a state loads for a base that it was not fitted on")
+        except UsageError:
+            return
+    raise AssertionError("a state loads for a base that it was not fitted on")
 
 
 def _ready(entry: Entry, bench: Bench) -> tuple[Any, dict[str, Any]]:
