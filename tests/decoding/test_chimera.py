@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.core.bundle import Bundle
-from gossamer.core.errors import InputError
+from gossamer.core.errors import InputError, OptionError
 from gossamer.decoding.chimera import Chimera
 from gossamer.parts.drafter_training import Batch, Targets
 from gossamer.testing.bench import Bench
@@ -231,5 +231,5 @@ def test_other_models_and_too_long_windows_are_refused() -> None:
         system.drafter(Bench("gemma3").model())
     with pytest.raises(InputError, match="be fitted first"):
         Chimera().drafter(model)
-    with pytest.raises(InputError, match="be at most the base's 256 tokens"):
+    with pytest.raises(OptionError, match="be at most the base's 256 tokens"):
         Chimera(length=1000).fit(Bundle(model, Bench().tokenizer()), [{"text": "a b c d e f"}])

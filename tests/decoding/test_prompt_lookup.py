@@ -47,7 +47,7 @@ def test_greedy_text_is_the_models_own_also_past_a_sliding_window_in_fewer_steps
     torch.manual_seed(0)
     model, ids = family(), [5, 6, 7, 8, 9, 5, 6, 7, 8]
     plain = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids) :].tolist()
-    system = PromptLookup()
+    system = PromptLookup(switch_off=False)
     state = system.open(model, ids)
     steps = 0
     while len(state.tokens) < 60:
@@ -64,7 +64,7 @@ def test_more_tokens_a_draft_take_fewer_steps_of_the_model_where_text_repeats() 
     model, ids = llama(), [5, 6, 7, 8, 9, 5, 6, 7, 8]
     count = {}
     for tokens in (1, 10):
-        system = PromptLookup(tokens=tokens)
+        system = PromptLookup(tokens=tokens, switch_off=False)
         state = system.open(model, ids)
         count[tokens] = 0
         while len(state.tokens) < 100:

@@ -44,8 +44,8 @@ class Choice:
 
         ``drafted[i]`` [V] is what token i was drawn from, given the tokens before it. They are tried in order: token x
         is kept with probability min(1, p(x) / q(x)), else p becomes max(0, p - q), normalised, for the next one; the
-        last p is drawn from (Leviathan et al. 2023, arXiv 2211.17192; Miao et al. 2023, arXiv 2305.09781, for siblings). For
-        tokens that were not drawn (``None``) keeping x with probability p(x) and striking it out otherwise is the same
+        last p is drawn from (Leviathan et al. 2023, arXiv 2211.17192; of siblings Miao et al. 2023, arXiv 2305.09781).
+        For tokens that were not drawn (``None``) keeping x with probability p(x) and striking it out otherwise is the same
         as one draw from p, which is what is done: the text is then that of plain sampling with the same generator.
         """
         if not self.sample or drafted is None:
@@ -70,8 +70,8 @@ class RequestState:
     """One request: its ``prompt`` and the ``tokens`` accepted since. Systems derive from it to keep more.
 
     ``choice`` says how its tokens are drawn, ``room`` how many it may still emit (``None``: no limit known),
-    ``ends`` after which token it is over; all are the caller's. ``past`` is the base model's memory where the step is run here
-    and not by transformers: a row, or a state of the decoding runner. ``record`` is kept by the speculation engine.
+    ``ends`` after which token it is over; all are the caller's. ``past`` is the base model's memory where the step is
+    run here and not by transformers: a row, or a state of the decoding runner. ``record`` is the speculation engine's.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
