@@ -77,7 +77,7 @@ def test_the_runner_gives_the_states_before_the_norm() -> None:
         for runner in (Runner(model), Runner(model, weights="int8"), Runner(model, weights="int8", native="reference")):
             state = runner.open()
             out = runner.run([Chunk(state, IDS, chain(len(IDS)), "none")], (-1, BEFORE_NORM))[0]
-            h, x = states_of(model, IDS)
+            _h, x = states_of(model, IDS)
             loose = {"atol": 2e-4, "rtol": 1e-4} if runner.dtype == model.dtype and not runner.native else {}
             loose = loose if runner.plan is not None and runner.nbytes > 200_000 else {"atol": 3.0, "rtol": 0.3}
             assert out.hidden is not None

@@ -165,7 +165,7 @@ def test_a_learnt_cycle_is_drafted_to_the_full_depth() -> None:
 
 
 def test_more_tokens_than_there_are_places_and_active_dropout_are_refused() -> None:
-    model, system = fitted()
+    model, _system = fitted()
     with pytest.raises(OptionError, match="be at most 6, the tokens that depth 2 and top_k 2 see"):
         FSPAD(depth=2, top_k=2, total_tokens=7).fit(Bundle(model, Bench().tokenizer()), Bench().rows(("text",)))
     gpt2, other = fitted("gpt2")

@@ -93,7 +93,9 @@ class Clover(FittedDrafter):
             read_plan(model)
         except NotPlanned as refusal:
             raise InputError(
-                self.name, must="see the base's states before its final norm", got=str(refusal)
+                self.name,
+                must="see the base's states before its final norm",
+                got=f"a base whose blocks are not known ({refusal})",
             ) from refusal
         return (-1, BEFORE_NORM)
 

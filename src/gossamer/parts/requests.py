@@ -45,8 +45,8 @@ class Choice:
         ``drafted[i]`` [V] is what token i was drawn from, given the tokens before it. They are tried in order: token x
         is kept with probability min(1, p(x) / q(x)), else p becomes max(0, p - q), normalised, for the next one; the
         last p is drawn from (Leviathan et al. 2023, arXiv 2211.17192; of siblings Miao et al. 2023, arXiv 2305.09781).
-        For tokens that were not drawn (``None``) keeping x with probability p(x) and striking it out otherwise is the same
-        as one draw from p, which is what is done: the text is then that of plain sampling with the same generator.
+        For tokens that were not drawn (``None``) keeping x with probability p(x) and striking it out otherwise is the
+        same as one draw from p, which is what is done: the text is then that of plain sampling with the same generator.
         """
         if not self.sample or drafted is None:
             return self.pick(ids, scores)
@@ -115,8 +115,8 @@ class RequestState:
 @dataclasses.dataclass(frozen=True)
 class Draft:
     """Guessed tokens. ``parents[i]`` < i is the place of the token before token i, -1 for the accepted text; ``None``
-    for a chain. ``probs[i]`` [V] is what token i was drawn from, given its earlier siblings (``None``: it was chosen and
-    not drawn, as the best tokens of a drafter are)."""
+    for a chain. ``probs[i]`` [V] is what token i was drawn from, given its earlier siblings; ``None`` where tokens were
+    chosen and not drawn, as the best ones of a drafter are."""
 
     tokens: Sequence[int]
     parents: Sequence[int] | None = None
