@@ -3,8 +3,8 @@
 Plan. The base has 8 layers and 7M parameters. Each drafter is trained for 120 steps of 4 windows of 96 tokens on prose
 and Python, labels the base's own distribution, drafts from 4096 tokens, with the better of two rates by tokens a step
 on validation prompts. Figures on 204 prompts of three kinds from test packages, half of them a seed, 24 greedy tokens
-each: tokens a guessing step (tau), base forwards a token, each head's hit rate given the hits before it, and whether the text is that
-of plain decoding. All use EAGLE's static tree of 25 tokens; guessing is never left off.
+each: tokens a guessing step (tau), base forwards a token, each head's hit rate given the hits before it, and whether
+the text is that of plain decoding. All use EAGLE's static tree of 25 tokens; guessing is never left off.
 
 Arms: prompt look-up; Medusa heads; Chimera; Chimera with the last token alone (no trigram); Chimera without the fast
 layer. ``sampling`` compares 1000 samples of two tokens over four likely ones with the base's law; ``timing`` alternates
@@ -91,7 +91,7 @@ def conclude(results: Results) -> Conclusion:
     return Conclusion(
         shown=all(line.shown for line in lines[:3]),
         baseline=f"Medusa: {tau['medusa']:.2f} tokens a guessing step; prompt look-up {tau['look_up']:.2f}",
-        result=f"Chimera: {tau['chimera']:.2f} tokens, {results.mean('chimera', 'forwards_per_token'):.2f} steps a token",
+        result=f"Chimera: {tau['chimera']:.2f} tokens, {results.mean('chimera', 'forwards_per_token'):.2f} steps each",
         effect=effect,
         low=low,
         high=high,

@@ -1,14 +1,13 @@
 """FSPAD on the nursery Llama against an EAGLE drafter, its two changes one by one, and the other drafters.
 
-Plan. Base, data, budget of training and choice of rates as in Chimera's experiment: 120 steps of 4 windows of 96 tokens,
-204 prompts of three kinds from test packages, half of them a seed, 24 greedy tokens each. All grow a beam of at most 24
-tokens, five deep (Medusa and Chimera: as many levels as heads at least), so that only the drafters differ.
+Plan. Base, data, budget of training and choice of rates as in Chimera's experiment: 120 steps of 4 windows of 96
+tokens, 204 prompts of three kinds from test packages, half of them a seed, 24 greedy tokens each. All grow a beam of at
+most 24 tokens, five deep (Medusa and Chimera: as many levels as heads at least), so that only the drafters differ.
 
 Arms: Medusa; Clover; Chimera; EAGLE (both switches off); EAGLE with the FFN widened to FSPAD's parameters; EAGLE with
 feature sampling; EAGLE with partial alignment; FSPAD. ``sampling`` compares 1000 samples of two tokens over four likely
-ones with the base's law; ``timing`` alternates plain decoding, EAGLE and FSPAD in one process. ``hit_1`` is the share of
-steps whose first drafted token was taken; ``first`` the accuracy of p's best token on validation windows, and ``gap``
-the feature loss there.
+ones with the base's law; ``timing`` alternates plain decoding, EAGLE and FSPAD in one process. ``first`` is the
+accuracy of p's best token on validation windows, and ``gap`` the feature loss there.
 
 Must be seen: the text of greedy decoding; sampling in the base's law; tau of Medusa below EAGLE, EAGLE not above +FS
 and +PAD, these not above FSPAD; the accuracy of p higher with PAD at an equal feature loss.
