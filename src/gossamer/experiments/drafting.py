@@ -60,11 +60,19 @@ def budget(quick: bool) -> dict[str, Any]:
             "labels": "base_soft", "switch_off": False}  # fmt: skip
 
 
-def trained(arm: str, system: Any, options: Mapping[str, Any], seed: int, lab: Lab) -> Any:
-    """The fitted system of an arm and seed; its rate is chosen on the first seed by tokens a step on validation."""
+def trained(
+    arm: str,
+    system: Any,
+    options: Mapping[str, Any],
+    seed: int,
+    lab: Lab,
+    rate_of: tuple[str, Mapping[str, Any]] | None = None,
+) -> Any:
+    """The fitted system of an arm and seed; its rate (or that of the arm ``rate_of``, with its options) is chosen on the
+    first seed by tokens a step on validation prompts."""
     bundle, rows, prompts = fixture(lab.quick)
 
-    def fit(rate: float, on: int) -> Any:
+    def fit(arm: str, options: Mapping[str, Any], rate: float, on: int) -> Any:
         folder = lab.folder("drafters") / f"{arm}-{rate:g}-{on}"
         if folder.exists():
             return system.load(folder, bundle)
@@ -73,14 +81,16 @@ def trained(arm: str, system: Any, options: Mapping[str, Any], seed: int, lab: L
         made.save(Path(folder))
         return made
 
+    first = rate_of or (arm, options)
+
     def choose() -> float:
         lengths = {
-            rate: decode(fit(rate, 0), bundle.model, prompts["validation"])["tau"]
+            rate: decode(fit(*first, rate, 0), bundle.model, prompts["validation"])["tau"]
             for rate in RATES[: 1 if lab.quick else None]
         }
         return max(lengths, key=lambda rate: lengths[rate])
 
-    return fit(lab.once(f"rate-{arm}", choose), seed)
+    return fit(arm, options, lab.once(f"rate-{first[0]}", choose), seed)
 
 
 def half(prompts: Mapping[str, Sequence[list[int]]], seed: int) -> dict[str, list[list[int]]]:

@@ -218,8 +218,8 @@ class _OwnSteps(Decoding):
             if generation_config.num_beams > 1:
                 raise InputError(self.name, must="decode without beams", got=f"num_beams={generation_config.num_beams}")
             mask, sample = kwargs.get("attention_mask"), generation_config.do_sample
-            ends = generation_config.eos_token_id or ()
-            ends = [ends] if isinstance(ends, int) else ends
+            ends = generation_config.eos_token_id
+            ends = [ends] if isinstance(ends, int) else ends or ()
             states = []
             for number, row in enumerate(input_ids.tolist()):
                 pad = 0 if mask is None else int((mask[number] == 0).sum())
@@ -310,17 +310,22 @@ class DrafterDecoding(_OwnSteps):
 
     def drafter(self, model: Any, *, tokenizer: Any = None, **runner: Any) -> Drafter:
         """Bind the model, with the options of :class:`~gossamer.parts.decode_runner.Runner`, for single requests."""
-        self._bound = (model, self._speculator(model, **runner))
+        self.bind(model, **runner)
         return Drafter(self, model, tokenizer)
+
+    def bind(self, model: Any, **runner: Any) -> Speculator:
+        """Step the requests of ``model`` on a new runner with these options; before ``fit`` it learns from that one."""
+        bound = Speculator(Runner(model, **runner), hidden=self.hidden(model), switch_off=self.switch_off)
+        self._bound = (model, bound)
+        return bound
 
     def speculator(self, model: Any) -> Speculator:
         """What steps the requests of ``model``."""
-        if self._bound is None or self._bound[0] is not model:
-            self._bound = (model, self._speculator(model))
-        return self._bound[1]
+        return self._bound[1] if self._bound is not None and self._bound[0] is model else self.bind(model)
 
     def open(self, model: Any, prompt: Sequence[int], tokenizer: Any = None) -> Any:
-        return self.speculator(model).open(super().open(model, prompt, tokenizer))
+        state = super().open(model, prompt, tokenizer)
+        return self.speculator(model).open(state)
 
     def step(self, model: Any, states: Sequence[Any]) -> list[list[int]]:
         """Verify one draft of each state in one step and accept what the model itself would have chosen."""
@@ -332,9 +337,6 @@ class DrafterDecoding(_OwnSteps):
         """As :meth:`gossamer.parts.speculation.Record.summary`."""
         found: dict[str, Any] = state.record.summary()
         return found
-
-    def _speculator(self, model: Any, **runner: Any) -> Speculator:
-        return Speculator(Runner(model, **runner), hidden=self.hidden(model), switch_off=self.switch_off)
 
     def _settle(self, state: Any, draft: Draft, logits: Tensor) -> tuple[list[int], list[int]]:
         return settle(state, draft, logits)

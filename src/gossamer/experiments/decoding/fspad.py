@@ -6,8 +6,9 @@ most 24 tokens, five deep (Medusa and Chimera: as many levels as heads at least)
 
 Arms: Medusa; Clover; Chimera; EAGLE (both switches off); EAGLE with the FFN widened to FSPAD's parameters; EAGLE with
 feature sampling; EAGLE with partial alignment; FSPAD. ``sampling`` compares 1000 samples of two tokens over four likely
-ones with the base's law; ``timing`` alternates plain decoding, EAGLE and FSPAD in one process. ``first`` is the
-accuracy of p's best token on validation windows, and ``gap`` the feature loss there.
+ones with the base's law; ``timing`` alternates plain decoding, EAGLE and FSPAD in one process. The arms of the
+EAGLE family share the rate that is best for EAGLE. ``first`` is the accuracy of p's best token on validation windows,
+and ``gap`` the feature loss there.
 
 Must be seen: the text of greedy decoding; sampling in the base's law; tau of Medusa below EAGLE, EAGLE not above +FS
 and +PAD, these not above FSPAD; the accuracy of p higher with PAD at an equal feature loss.
@@ -111,8 +112,8 @@ def _drafter(arm: str, seed: int, lab: Lab) -> Any:
     from gossamer.decoding.medusa import Medusa
 
     system = {"medusa": Medusa, "clover": Clover, "chimera": Chimera}.get(arm, FSPAD)
-    # the weights of the paper, 1 and 0.1, are EAGLE's too
-    return drafting.trained(arm, system, ARMS[arm], seed, lab)
+    rate_of = ("eagle", ARMS["eagle"]) if arm in _OWN else None
+    return drafting.trained(arm, system, ARMS[arm], seed, lab, rate_of)
 
 
 def _predictions(system: Any, lab: Lab) -> dict[str, float]:
