@@ -163,18 +163,19 @@ class _Module(nn.Module):
         shape = layer_shape(model)
         d, self.kind = shape.width, config.encoder
         # the base's own module, so that Gemma's scale is in it; not saved with the drafter
-        self._embed = [model.get_input_embeddings()]
+        self._embed: list[Any] = [model.get_input_embeddings()]
         if config.encoder == "mlp":
             self.encoder: nn.Module = nn.Sequential(nn.Linear(3 * d, d), nn.SiLU(), nn.Linear(d, d, bias=False))
         elif config.encoder == "residual":
             self.encoder = nn.Sequential(_Residual(3 * d), nn.Linear(3 * d, d, bias=False))
         else:
             self.encoder = nn.Linear(d, d, bias=False)
-        self.layer = DraftLayer(shape) if config.full_context else None
-        self.heads = nn.ModuleList(nn.Linear(2 * d, d, bias=False) for _ in range(config.heads))
+        self.layer: DraftLayer | None = DraftLayer(shape) if config.full_context else None
+        linears = [nn.Linear(2 * d, d, bias=False) for _ in range(config.heads)]
         with torch.no_grad():
-            for head in self.heads:
-                head.weight.copy_(torch.eye(d).repeat(1, 2))
+            for linear in linears:
+                linear.weight.copy_(torch.eye(d).repeat(1, 2))
+        self.heads = nn.ModuleList(linears)
 
     def encode(self, grams: Tensor) -> Tensor:
         """Token ids [..., 3] -> g [..., d]."""

@@ -165,7 +165,7 @@ class _Module(nn.Module):
         shape = layer_shape(model)
         d = shape.width
         # the base's own module, so that Gemma's scale is in it; not saved with the drafter
-        self._embed = [model.get_input_embeddings()]
+        self._embed: list[Any] = [model.get_input_embeddings()]
         self.fc = nn.Linear(2 * d, d)
         self.sampling = _Sampling(d, shape.feed) if config.fs else None
         feed = max(1, round(config.feed_factor * shape.feed))

@@ -95,10 +95,11 @@ class _Source:
 class _Module(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(width, width) for _ in range(heads))
-        for head in self.heads:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        linears = [nn.Linear(width, width) for _ in range(heads)]
+        for linear in linears:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        self.heads = nn.ModuleList(linears)
 
     def forward(self, h: Tensor) -> Tensor:
         """h [..., d] -> [heads, ..., d]."""

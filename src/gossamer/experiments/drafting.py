@@ -68,8 +68,8 @@ def trained(
     lab: Lab,
     rate_of: tuple[str, Mapping[str, Any]] | None = None,
 ) -> Any:
-    """The fitted system of an arm and seed; its rate (or that of the arm ``rate_of``, with its options) is chosen on the
-    first seed by tokens a step on validation prompts."""
+    """The fitted system of an arm and seed; its rate (or that of the arm ``rate_of``, given with its options) is chosen
+    on the first seed by tokens a step on validation prompts."""
     bundle, rows, prompts = fixture(lab.quick)
 
     def fit(arm: str, options: Mapping[str, Any], rate: float, on: int) -> Any:

@@ -171,7 +171,7 @@ def train(
         with torch.enable_grad():
             value = loss(_batch(chosen, device))
             optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
         nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         schedule.step()

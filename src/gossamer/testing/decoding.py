@@ -48,7 +48,8 @@ def bad_inputs(system: Any, bench: Bench) -> Iterator[tuple[str, Callable[[], An
     yield "a model that does not generate", lambda: system.open(encoder, [1, 2, 3], tokenizer)
     yield "an empty prompt", lambda: system.open(model, [], tokenizer)
     right = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-    if isinstance(system, FittedSystem):
+    needs_fit = isinstance(system, FittedSystem)
+    if needs_fit:
         yield "decoding before it is fitted", lambda: system.open(model, [1, 2, 3], tokenizer)
         yield "fitting on nothing", lambda: system.fit(Bundle(model, tokenizer), [])
         yield "fitting on rows of a token", lambda: system.fit(Bundle(model, tokenizer), [{"text": "a"}])
