@@ -21,7 +21,7 @@ from gossamer.testing.running import law
 from gossamer.testing.universal import base_options, build
 
 KEPT = ("model", "tokenizer", "prompts", "rows")
-QUICK = {"steps": 3, "batch_size": 2, "switch_off": False}
+QUICK = {"steps": 3, "batch_size": 2, "switch_off": False, "total_tokens": 12, "top_k": 3}
 NEW = 14  # tokens; with the prompts longer than the sliding window of the tiny Gemma
 SAMPLES = 250  # of the distribution test: two tokens each
 
