@@ -120,7 +120,8 @@ def test_noise_is_on_the_inputs_and_not_on_the_targets() -> None:
     h, ids = states_of(model, IDS), torch.tensor([IDS])
     batch = Batch(ids, torch.ones_like(ids).bool(), h[None, None])
     before = batch.states.clone()
-    found = {float(system.loss(module, batch, Targets(batch, h[None], "text", system.reading))) for _ in range(3)}
+    targets = Targets(batch, h[None], "text", system.reading)
+    found = {float(system.loss(module, batch, targets).detach()) for _ in range(3)}
     assert len(found) == 3
     assert batch.states.equal(before)
 
