@@ -154,6 +154,7 @@ class RepeatConfig(Config):
 class Repeat(DrafterDecoding):
     config_class = RepeatConfig
     draft_tokens = 2
+    switch_off = False
 
     def begin(self, model, prompt, tokenizer):
         return RequestState(prompt)
@@ -213,12 +214,12 @@ BROKEN = [
      "        class Forgetful(torch.optim.SGD):\n            def state_dict(self):\n"
      "                return super().state_dict() | {'state': {}}\n\n        return Forgetful(",
      "check_it_resumes_exactly"),
-    ("repeat", "    def draft(self", "    def _verify(self, state, tokens, probs, logits):\n"
-     "        return super()._verify(state, tokens, probs, logits.roll(1, -1))\n\n    def draft(self",
+    ("repeat", "    def draft(self", "    def _settle(self, state, draft, logits):\n"
+     "        return super()._settle(state, draft, logits.roll(1, -1))\n\n    def draft(self",
      "check_greedy_tokens_are_the_models_own"),
     ("repeat", "    def draft(self", "    def step(self, model, states):\n        self.company = len(states) - 1\n"
-     "        return super().step(model, states)\n\n    def _verify(self, state, tokens, probs, logits):\n"
-     "        return super()._verify(state, tokens, probs, logits.roll(self.company, -1))\n\n    def draft(self",
+     "        return super().step(model, states)\n\n    def _settle(self, state, draft, logits):\n"
+     "        return super()._settle(state, draft, logits.roll(self.company, -1))\n\n    def draft(self",
      "check_batch_equals_single|check_requests_join_and_leave|check_greedy_tokens_are_the_models_own"),
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from gossamer.decoding.prompt_lookup import PromptLookup
+from gossamer.kinds.decoding import Draft
 
 
 def llama() -> Any:
@@ -46,7 +47,7 @@ def test_greedy_text_is_the_models_own_also_past_a_sliding_window_in_fewer_steps
     torch.manual_seed(0)
     model, ids = family(), [5, 6, 7, 8, 9, 5, 6, 7, 8]
     plain = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids) :].tolist()
-    system = PromptLookup()
+    system = PromptLookup(switch_off=False)
     state = system.open(model, ids)
     steps = 0
     while len(state.tokens) < 60:
@@ -63,10 +64,28 @@ def test_more_tokens_a_draft_take_fewer_steps_of_the_model_where_text_repeats() 
     model, ids = llama(), [5, 6, 7, 8, 9, 5, 6, 7, 8]
     count = {}
     for tokens in (1, 10):
-        system = PromptLookup(tokens=tokens)
+        system = PromptLookup(tokens=tokens, switch_off=False)
         state = system.open(model, ids)
         count[tokens] = 0
         while len(state.tokens) < 100:
             system.step(model, [state])
             count[tokens] += 1
     assert count[10] < count[1] < 100
+
+
+def test_switch_off_stops_guessing_where_drafts_are_never_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, ids = llama(), [5, 6, 7, 8, 9, 5, 6, 7, 8]
+    plain = model.generate(torch.tensor([ids]), max_new_tokens=80, do_sample=False)[0, len(ids) :].tolist()
+    reports = {}
+    for switch_off in (True, False):
+        system = PromptLookup(switch_off=switch_off)
+
+        def wrong(states: Any, k: int) -> list[Draft]:
+            return [Draft([(plain[len(s.tokens) % 80] + 1) % 24] * 10) for s in states]
+
+        monkeypatch.setattr(system, "draft", wrong)
+        done = system.generate(model, None, {"input_ids": torch.tensor([ids])}, max_new_tokens=80)
+        assert done.tokens == [plain]
+        reports[switch_off] = done.reports[0]["guessing_steps"]
+    assert reports[True] < reports[False] >= 78

@@ -66,6 +66,15 @@ def test_plan_knows_the_family(family: str) -> None:
     assert len(read_plan(model_of(family)).describe()) == 2
 
 
+def test_what_transformers_leaves_behind_after_giving_hidden_states_is_no_hook() -> None:
+    model = Bench("llama").model()
+    model(input_ids=torch.tensor([TOKENS]), output_hidden_states=True)
+    assert read_plan(model).family == "Llama"
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(NotPlanned, match="without hooks"):
+        read_plan(model)
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_greedy_tokens_are_those_of_generate(family: str) -> None:
     """Far beyond Gemma's window of 6."""

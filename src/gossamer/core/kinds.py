@@ -23,7 +23,7 @@ _ROWS = (
     Kind("acceleration", "accelerate(model, processor)", "(model, processor)", ("Acceleration",), step="accelerate"),
     Kind("architectures", "build(base)", "PreTrainedModel", ("Architecture",), step="build"),
     Kind("decoding", "processor(model) | drafter(model) | loop(model, inputs)", "tokens",
-         ("ProcessorDecoding", "DrafterDecoding", "LoopDecoding"), step="decode"),
+         ("ProcessorDecoding", "DrafterDecoding", "FittedDrafter", "LoopDecoding"), step="decode"),
     Kind("prompting", "solve(llm, item)", "Answer"),
     Kind("guards", "judge(item)", "Verdict", ("Guard",), option_of="fit.system"),
     Kind("editing", "edit(model, facts)", "Edit"),

@@ -28,6 +28,7 @@ CARD = Card(
 class PromptLookupConfig(Config):
     ngram: int = option(3, "longest run of tokens that is looked for", ge=1, effect="speed")
     tokens: int = option(10, "how many tokens to guess a step", ge=1, effect="speed")
+    switch_off: bool = option(True, "stop guessing while it is slower than plain steps", effect="speed")
 
 
 class PromptLookup(DrafterDecoding):

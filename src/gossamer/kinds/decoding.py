@@ -2,8 +2,8 @@
 
 - :class:`ProcessorDecoding` moves the model's scores: ``shift(states, scores)``. ``processor(model)`` is a
   ``LogitsProcessor`` for ``model.generate``.
-- :class:`DrafterDecoding` guesses tokens that the model then verifies in one step: ``draft(states, k)`` and
-  ``observe``. The verification here is lossless for chains (of a tree it takes the first path).
+- :class:`DrafterDecoding` guesses trees of tokens that the model then verifies in one step of the decoding runner:
+  ``draft(states, k)`` and ``observe``. Verification is lossless (:mod:`gossamer.parts.speculation`).
 - :class:`LoopDecoding` emits tokens by itself: ``step(model, states)``. ``loop(model, inputs)`` runs it to the end.
 
 ``open(model, prompt, tokenizer)`` begins a request. ``step(model, states)`` moves any live requests one step, in any
@@ -27,10 +27,12 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from gossamer.core.errors import InputError
 from gossamer.kinds.base import System
+from gossamer.parts.decode_runner import Runner
 from gossamer.parts.generation import GREEDY, end_ids, left_pad
 from gossamer.parts.request_rows import RowStates
 from gossamer.parts.requests import Choice, Draft, RequestState
 from gossamer.parts.several_models import CachedModel
+from gossamer.parts.speculation import Speculator, settle
 
 __all__ = [
     "Choice",
@@ -215,13 +217,18 @@ class _OwnSteps(Decoding):
         ) -> Tensor:
             if generation_config.num_beams > 1:
                 raise InputError(self.name, must="decode without beams", got=f"num_beams={generation_config.num_beams}")
-            mask = kwargs.get("attention_mask")
+            mask, sample = kwargs.get("attention_mask"), generation_config.do_sample
+            ends = generation_config.eos_token_id
+            ends = [ends] if isinstance(ends, int) else ends or ()
             states = []
             for number, row in enumerate(input_ids.tolist()):
                 pad = 0 if mask is None else int((mask[number] == 0).sum())
                 state = self.open(model, row[pad:], tokenizer)
-                state.choice = Choice(logits_processor, generation_config.do_sample, left=tuple(row[:pad]))
+                # draws of its own, so that a row does not depend on how many tokens the others emit a step
+                draws = torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if sample else None
+                state.choice = Choice(logits_processor, sample, draws, tuple(row[:pad]))
                 state.room = generation_config.max_length - len(row)
+                state.ends = frozenset(ends)
                 states.append(state)
             out = self._columns(
                 model, states, input_ids, stopping_criteria, generation_config.pad_token_id or 0, streamer
@@ -257,7 +264,7 @@ class _OwnSteps(Decoding):
 
 @dataclasses.dataclass(frozen=True)
 class Drafter:
-    """A drafter bound to the model that verifies."""
+    """A drafter bound to the model that verifies, as a server or a benchmark steps it."""
 
     system: DrafterDecoding
     model: Any
@@ -266,20 +273,18 @@ class Drafter:
     def open(self, prompt: Sequence[int]) -> Any:
         return self.system.open(self.model, prompt, self.tokenizer)
 
-    def draft(self, states: Sequence[Any], k: int) -> list[Draft]:
-        return self.system.draft(states, k)
-
-    def observe(
-        self, states: Sequence[Any], accepted: Sequence[Sequence[int]], hidden: Sequence[Tensor] | None
-    ) -> None:
-        self.system.observe(states, accepted, hidden)
+    def step(self, states: Sequence[Any]) -> list[list[int]]:
+        return self.system.step(self.model, states)
 
 
 class DrafterDecoding(_OwnSteps):
-    """Guesses what comes next; the text is the model's own (greedy: the same tokens; sampled: the same law)."""
+    """Guesses what comes next; the text is the model's own (greedy: the same tokens; sampled: the same law).
+
+    The model is bound to a decoding runner when it is first used; change its weights and call :meth:`drafter` again.
+    """
 
     verb = "drafter"
-    needs_hidden = False  # whether observe() is given hidden states
+    _bound: tuple[Any, Speculator] | None = None
 
     @property
     @abc.abstractmethod
@@ -288,50 +293,53 @@ class DrafterDecoding(_OwnSteps):
 
     @abc.abstractmethod
     def draft(self, states: Sequence[Any], k: int) -> list[Draft]:
-        """At most ``k`` guessed tokens (deep) for each state; none where there is nothing to guess from."""
+        """At most ``k`` guessed tokens for each state; none where there is nothing to guess from."""
 
-    def observe(
-        self, states: Sequence[Any], accepted: Sequence[Sequence[int]], hidden: Sequence[Tensor] | None
-    ) -> None:
-        """After a verification: the tokens that each state accepted, and the model's last hidden states [n, d] at the
-        places that they were predicted from (only with ``needs_hidden``)."""
+    def hidden(self, model: Any) -> tuple[int, ...]:
+        """Which hidden states ``observe`` is given, numbered as by :meth:`gossamer.parts.decode_runner.Runner.run`."""
+        return ()
 
-    def drafter(self, model: Any, *, tokenizer: Any = None) -> Drafter:
-        """For a speculation engine that brings its own verification."""
+    @property
+    def switch_off(self) -> bool:
+        """Whether a request stops guessing while that is slower than plain steps."""
+        return bool(getattr(self.config, "switch_off", True))
+
+    def observe(self, states: Sequence[Any], emitted: Sequence[Sequence[int]], hidden: Sequence[Tensor] | None) -> None:
+        """After tokens came into the past of requests: what each emitted (nothing while the prompt is read), and
+        hidden states [layers, m, d] of the tokens that came in."""
+
+    def drafter(self, model: Any, *, tokenizer: Any = None, **runner: Any) -> Drafter:
+        """Bind the model, with the options of :class:`~gossamer.parts.decode_runner.Runner`, for single requests."""
+        self.bind(model, **runner)
         return Drafter(self, model, tokenizer)
 
-    def step(self, model: Any, states: Sequence[Any]) -> list[list[int]]:
-        """Verify one draft of each state in one forward pass and accept what the model itself would have chosen."""
-        drafts = [draft.chain() for draft in self.draft(states, self.draft_tokens)]
-        # one more token follows the draft, and no more than `room` may be fed
-        drafts = [
-            (t[: max(0, s.room - 1)] if s.room is not None else t, p) for s, (t, p) in zip(states, drafts, strict=True)
-        ]
-        chunks = [s.ids[s.past.length :] + tokens for s, (tokens, _) in zip(states, drafts, strict=True)]
-        out = self.base(model).forward(
-            [s.past for s in states], chunks, keep=[len(tokens) + 1 for tokens, _ in drafts], hidden=self.needs_hidden
-        )
-        emitted = [
-            self._verify(state, tokens, probs, logits)
-            for state, (tokens, probs), logits in zip(states, drafts, out.logits, strict=True)
-        ]
-        for state in states:
-            state.past.crop(len(state.ids) - 1)
-        hidden = None if out.hidden is None else [h[: len(e)] for h, e in zip(out.hidden, emitted, strict=True)]
-        self.observe(states, emitted, hidden)
-        return emitted
+    def bind(self, model: Any, **runner: Any) -> Speculator:
+        """Step the requests of ``model`` on a new runner with these options; before ``fit`` it learns from that one."""
+        bound = Speculator(Runner(model, **runner), hidden=self.hidden(model), switch_off=self.switch_off)
+        self._bound = (model, bound)
+        return bound
 
-    def _verify(self, state: Any, tokens: list[int], probs: Tensor | None, logits: Tensor) -> list[int]:
-        emitted = list[int]()
-        for place, token in enumerate(tokens):
-            chosen = state.choice.verify(state.ids, logits[place], token, None if probs is None else probs[place])
-            state.accept(chosen)
-            emitted.append(chosen)
-            if chosen != token:
-                return emitted
-        last = state.choice.pick(state.ids, logits[len(tokens)])
-        state.accept(last)
-        return [*emitted, last]
+    def speculator(self, model: Any) -> Speculator:
+        """What steps the requests of ``model``."""
+        return self._bound[1] if self._bound is not None and self._bound[0] is model else self.bind(model)
+
+    def open(self, model: Any, prompt: Sequence[int], tokenizer: Any = None) -> Any:
+        state = super().open(model, prompt, tokenizer)
+        return self.speculator(model).open(state)
+
+    def step(self, model: Any, states: Sequence[Any]) -> list[list[int]]:
+        """Verify one draft of each state in one step and accept what the model itself would have chosen."""
+        return self.speculator(model).step(
+            states, lambda asked: self.draft(asked, self.draft_tokens), self.observe, self._settle
+        )
+
+    def summary(self, state: Any) -> dict[str, Any]:
+        """As :meth:`gossamer.parts.speculation.Record.summary`."""
+        found: dict[str, Any] = state.record.summary()
+        return found
+
+    def _settle(self, state: Any, draft: Draft, logits: Tensor) -> tuple[list[int], list[int]]:
+        return settle(state, draft, logits)
 
 
 class LoopDecoding(_OwnSteps):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gossamer.parts.decode_native import Library, MatrixStruct, NativeWeight, address
 from gossamer.parts.decode_plan import Feed, Layer, Norm, Plan
-from gossamer.parts.decode_state import LANES, Chunk, Output, State
+from gossamer.parts.decode_state import BEFORE_NORM, LANES, Chunk, Output, State
 from gossamer.parts.decode_step import embedded, outputs, positions_of
 from gossamer.parts.decode_weights import GROUP, Weight
 
@@ -102,7 +102,7 @@ class NativeStep:
         x = embedded(self.plan, chunks, positions).float().contiguous()
         last = torch.empty_like(x)
         count = len(self.plan.layers)
-        wanted = {layer % (count + 1) for layer in hidden} - {count}
+        wanted = {layer % (count + 1) for layer in hidden if layer != BEFORE_NORM} - {count}
         seen = [torch.empty_like(x) if layer in wanted else None for layer in range(count + 1)]
         kept: list[Any] = []
         spans = (SpanStruct * len(chunks))(*(_span(chunk, kept) for chunk in chunks))
@@ -112,7 +112,8 @@ class NativeStep:
             ctypes.c_int(torch.get_num_threads()),
         )  # fmt: skip
         seen[-1] = last
-        return outputs(chunks, [last if state is None else state for state in seen], hidden, head)
+        # the kernels add to x in place
+        return outputs(chunks, [last if state is None else state for state in seen], x, hidden, head)
 
     def _layer(self, layer: Layer, matrices: dict[int, Any], ropes: list[str]) -> LayerStruct:
         a, feed = layer.attention, layer.feed

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from gossamer.core.errors import InputError
 from gossamer.parts.quant_linear import QuantLinear
 
+_LOOKING = "transformers.utils.output_capturing"
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -131,7 +132,9 @@ def read_plan(model: Any) -> Plan:
     if name not in _READERS or getattr(transformers, name, None) is not type(model):
         _refuse(name, f"be one of {', '.join(sorted(_READERS))}", f"{type(model).__module__}.{name}")
     for path, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # those that transformers leaves behind when it was asked for hidden states only look
+        if any(getattr(hook, "__module__", "") != _LOOKING for hook in hooks) or "forward" in vars(module):
             _refuse(path or name, "run its class's forward without hooks", "a hook or a replaced forward")
     text = model.model.language_model if name == "LlavaForConditionalGeneration" else model.base_model
     if text.config._attn_implementation not in (*_ATTENTION, None):

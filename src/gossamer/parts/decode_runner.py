@@ -116,7 +116,8 @@ class Runner:
     @torch.no_grad()
     def run(self, chunks: Sequence[Chunk], hidden: Sequence[int] = ()) -> list[Output]:
         """One step over ``chunks``, no state twice. ``hidden`` asks for hidden states, numbered as transformers does:
-        0 the embeddings, l the output of layer l, and -1 (or the number of layers) the last one, normed."""
+        0 the embeddings, l the output of layer l, and -1 (or the number of layers) the last one, normed;
+        ``BEFORE_NORM`` is the last one before its norm."""
         if len({id(chunk.state) for chunk in chunks}) < len(chunks):
             raise InputError("run", must="get each state once", got="a state twice")
         for chunk in chunks:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gossamer.core.errors import InputError
 
+BEFORE_NORM = 1_000_000  # as a number of hidden states: the last layer's output before the final norm
 LANES = 16  # keys of a block in the native layout
 _ALIGNMENT = 64  # bytes
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.parts.decode_plan import Attention, Feed, Layer, Plan
-from gossamer.parts.decode_state import Chunk, Output, State, Tree
+from gossamer.parts.decode_state import BEFORE_NORM, Chunk, Output, State, Tree
 from gossamer.parts.decode_weights import Weight
 
 
@@ -43,7 +43,7 @@ class TorchStep:
             x = x + (h if layer.after_feed is None else layer.after_feed(h))
             seen.append(x)
         seen[-1] = self.plan.norm(x)
-        return outputs(chunks, seen, hidden, head)
+        return outputs(chunks, seen, x, hidden, head)
 
     def _attend(
         self,
@@ -81,9 +81,15 @@ def embedded(plan: Plan, chunks: Sequence[Chunk], positions: Tensor, device: Any
 
 
 def outputs(
-    chunks: Sequence[Chunk], seen: Sequence[Tensor], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]
+    chunks: Sequence[Chunk],
+    seen: Sequence[Tensor],
+    raw: Tensor,
+    hidden: tuple[int, ...],
+    head: Callable[[Tensor], Tensor],
 ) -> list[Output]:
-    """Split rows by chunk. ``seen`` holds the hidden states of all layers, the last one normed."""
+    """Split rows by chunk. ``seen`` holds the hidden states of all layers, the last one normed; ``raw`` it before.
+
+    Where no logits are wanted of any chunk, they are [0, 0]."""
     ends: list[int] = []
     asked = []
     for chunk in chunks:
@@ -93,8 +99,9 @@ def outputs(
             {"all": range(start, ends[-1]), "last": range(ends[-1] - 1, ends[-1]), "none": range(0)}[chunk.logits]
         )
     rows = [row for part in asked for row in part]
-    scores = head(seen[-1] if len(rows) == len(seen[-1]) else seen[-1][rows])
-    picked = torch.stack([seen[layer] for layer in hidden]) if hidden else None
+    # not every product takes no rows
+    scores = head(seen[-1] if len(rows) == len(seen[-1]) else seen[-1][rows]) if rows else seen[-1].new_zeros(0, 0)
+    picked = torch.stack([raw if layer == BEFORE_NORM else seen[layer] for layer in hidden]) if hidden else None
     found, first = [], 0
     for chunk, part, end in zip(chunks, asked, ends, strict=True):
         states = None if picked is None else picked[:, end - len(chunk.tokens) : end].clone()

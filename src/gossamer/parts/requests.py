@@ -39,36 +39,47 @@ class Choice:
         scores = self.scores(ids, scores)
         return self._draw(scores.softmax(-1)) if self.sample else int(scores.argmax())
 
-    def verify(self, ids: Sequence[int], scores: Tensor, token: int, drafted: Tensor | None) -> int:
-        """The next token, given that ``token`` was drafted from ``drafted`` [V] (``None``: with certainty).
+    def among(self, ids: Sequence[int], scores: Tensor, tokens: Sequence[int], drafted: Sequence[Tensor] | None) -> int:
+        """The next token, given that ``tokens`` were drafted for its place; distributed as :meth:`pick`'s.
 
-        It is distributed as :meth:`pick`'s: the draft is kept with probability min(1, p/q), else the token comes from
-        max(0, p - q), normalised (Leviathan et al. 2023, arXiv 2211.17192).
+        ``drafted[i]`` [V] is what token i was drawn from, given the tokens before it. They are tried in order: token x
+        is kept with probability min(1, p(x) / q(x)), else p becomes max(0, p - q), normalised, for the next one; the
+        last p is drawn from (Leviathan et al. 2023, arXiv 2211.17192; of siblings Miao et al. 2023, arXiv 2305.09781).
+        For tokens that were not drawn (``None``) keeping x with probability p(x) and striking it out otherwise is the
+        same as one draw from p, which is what is done: the text is then that of plain sampling with the same generator.
         """
-        if not self.sample:
+        if not self.sample or drafted is None:
             return self.pick(ids, scores)
         p = self.scores(ids, scores).softmax(-1)
-        q = torch.zeros_like(p).index_fill_(0, torch.tensor([token], device=p.device), 1.0)
-        q = q if drafted is None else drafted.to(p)
-        if float(torch.rand((), generator=self.generator)) * float(q[token]) < float(p[token]):
-            return token
-        return self._draw((p - q).clamp(min=0))
+        for token, q in zip(tokens, drafted, strict=True):
+            q = q.to(p)
+            if float(torch.rand((), generator=self.generator)) * float(q[token]) < float(p[token]):
+                return token
+            left = (p - q).clamp(min=0)
+            total = left.sum()
+            # p = q leaves nothing but rounding
+            p = left / total if float(total) > 0 else p
+        return self._draw(p)
 
     def _draw(self, weights: Tensor) -> int:
+        weights = weights if self.generator is None else weights.to(self.generator.device)
         return int(torch.multinomial(weights, 1, generator=self.generator))
 
 
 class RequestState:
     """One request: its ``prompt`` and the ``tokens`` accepted since. Systems derive from it to keep more.
 
-    ``choice`` says how its tokens are drawn and ``room`` how many it may still emit (``None``: no limit known); both
-    are the caller's. ``past`` is the base model's row where the step is run here and not by transformers.
+    ``choice`` says how its tokens are drawn, ``room`` how many it may still emit (``None``: no limit known),
+    ``ends`` after which token it is over; all are the caller's. ``past`` is the base model's memory where the step is
+    run here and not by transformers: a row, or a state of the decoding runner. ``record`` is the speculation engine's.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.prompt, self.tokens = list(prompt), list[int]()
         self.choice, self.room = Choice(), None
-        self.past = Row()
+        self.ends: frozenset[int] = frozenset()
+        self.past: Any = Row()
+        self.record: Any = None
 
     choice: Choice
     room: int | None
@@ -94,7 +105,7 @@ class RequestState:
     def fork(self) -> Self:
         """A state with the same history that goes its own way (beams)."""
         twin = copy.copy(self)
-        twin.tokens, twin.past = list(self.tokens), self.past.fork()
+        twin.tokens, twin.past, twin.record = list(self.tokens), self.past.fork(), copy.deepcopy(self.record)
         return twin
 
     def close(self) -> None:
@@ -103,19 +114,35 @@ class RequestState:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """Guessed tokens. ``parents[i]`` is the place of the token before token i, -1 for the accepted text; ``None`` for
-    a chain. ``probs`` [tokens, V] are the drafter's own probabilities; ``None`` where it is certain of each token."""
+    """Guessed tokens. ``parents[i]`` < i is the place of the token before token i, -1 for the accepted text; ``None``
+    for a chain. ``probs[i]`` [V] is what token i was drawn from, given its earlier siblings; ``None`` where tokens were
+    chosen and not drawn, as the best ones of a drafter are."""
 
     tokens: Sequence[int]
     parents: Sequence[int] | None = None
-    probs: Tensor | None = None
+    probs: Sequence[Tensor] | Tensor | None = None
 
-    def chain(self) -> tuple[list[int], Tensor | None]:
-        """The path of first children, and its probabilities."""
-        if self.parents is None:
-            return list(self.tokens), self.probs
-        path, at = list[int](), -1
-        while at in self.parents:
-            at = list(self.parents).index(at)
-            path.append(at)
-        return [self.tokens[i] for i in path], None if self.probs is None else self.probs[path]
+    @property
+    def tree(self) -> list[int]:
+        """``parents``, of a chain too."""
+        return list(range(-1, len(self.tokens) - 1)) if self.parents is None else list(self.parents)
+
+    def children(self) -> dict[int, list[int]]:
+        """Places of the tokens that follow each place, in order; -1 is the accepted text."""
+        found: dict[int, list[int]] = {}
+        for place, parent in enumerate(self.tree):
+            found.setdefault(parent, []).append(place)
+        return found
+
+    def cut(self, depth: int, count: int) -> Draft:
+        """The tokens at most ``depth`` deep, of them the first ``count``."""
+        depths, kept = list[int](), list[int]()
+        for place, parent in enumerate(self.tree):
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+            if depths[place] <= depth and len(kept) < count:
+                kept.append(place)
+        if len(kept) == len(depths):
+            return self
+        new = {-1: -1} | {place: i for i, place in enumerate(kept)}
+        probs = None if self.probs is None else [self.probs[place] for place in kept]
+        return Draft([self.tokens[place] for place in kept], [new[self.tree[place]] for place in kept], probs)

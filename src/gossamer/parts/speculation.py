@@ -1,0 +1,211 @@
+"""Speculation on the decoding runner: guessed trees of tokens, verified in one step, the text the model's own.
+
+For each request the last accepted token and the tree of its draft are run together. Row 0 of the logits says what
+follows the accepted text, row i + 1 what follows token i of the draft. :func:`settle` walks down from the root:
+
+    t = the model's own choice at this place (greedy: argmax; sampled: drawn from its processed distribution p)
+    if t is a child of the place, go on below it, else stop:  t is then the model's own next token
+
+so a step emits one token more than it accepts, and the tokens are those of plain decoding (greedy: the same; sampled:
+the same law, see :meth:`~gossamer.parts.requests.Choice.among`). It stops at an end token inside an accepted path. The
+accepted path is gathered in the memory of the request, the rest of the tree is forgotten.
+
+Guessing is left off while it does not pay: with g tokens emitted by a guessing step on average, it has to hold that
+
+    g / (seconds of drafting and verifying)  >=  1 / (seconds of a plain step)
+
+both measured here as medians, for each number of requests in a step by itself. A request that is left off tries again
+after 16 plain steps, then 32, up to 512. None of this changes the text.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gossamer.parts.decode_runner import BLOCK, Runner
+from gossamer.parts.decode_state import Chunk, chain, tree_from
+from gossamer.parts.requests import Draft
+
+TRIAL = 8  # guessing steps by which a request is judged
+FIRST_WAIT, LAST_WAIT = 16, 512  # plain steps until the next trial
+_TIMES = 16  # that a median is taken of
+
+Drafting = Callable[[Sequence[Any]], Sequence[Draft]]
+Observing = Callable[[Sequence[Any], Sequence[Sequence[int]], Sequence[Tensor] | None], None]
+Settling = Callable[[Any, Draft, Tensor], tuple[list[int], list[int]]]
+
+
+@dataclasses.dataclass
+class Record:
+    """What speculation did for one request, and whether it goes on.
+
+    ``offered[k]`` steps had a draft more than k deep, ``accepted[k]`` of them took more than k of its tokens.
+    """
+
+    steps: int = 0
+    guesses: int = 0
+    emitted: int = 0
+    emitted_guessing: int = 0
+    drafted: int = 0
+    offered: list[int] = dataclasses.field(default_factory=list)
+    accepted: list[int] = dataclasses.field(default_factory=list)
+    wait: int = 0
+    next_wait: int = FIRST_WAIT
+    gains: collections.deque[int] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TRIAL))
+
+    def count(self, draft: Draft, taken: int, emitted: int) -> None:
+        """Take note of a step that accepted ``taken`` drafted tokens and emitted ``emitted``."""
+        self.steps += 1
+        self.emitted += emitted
+        if not draft.tokens:
+            return
+        self.guesses += 1
+        self.emitted_guessing += emitted
+        self.drafted += len(draft.tokens)
+        self.gains.append(emitted)
+        deepest = _deepest(draft)
+        for counts, reached in ((self.offered, deepest), (self.accepted, taken)):
+            counts.extend([0] * (deepest - len(counts)))
+            for depth in range(reached):
+                counts[depth] += 1
+
+    def wants(self, cost: float | None) -> bool:
+        """Whether to guess now, a guessing step costing ``cost`` plain ones (``None``: not known yet)."""
+        if self.wait:
+            self.wait -= 1
+            return False
+        if cost is None or len(self.gains) < TRIAL:
+            return True
+        if statistics.fmean(self.gains) >= cost:
+            self.next_wait = FIRST_WAIT
+            return True
+        self.wait, self.next_wait = self.next_wait, min(2 * self.next_wait, LAST_WAIT)
+        self.gains.clear()
+        return False
+
+    def summary(self) -> dict[str, Any]:
+        """``accepted_length``: tokens emitted by a guessing step (tau); ``forwards_per_token``: the prompt's not
+        counted; ``acceptance[k]``: of drafts more than k deep, the share that was accepted more than k deep."""
+        return {
+            "tokens": self.emitted,
+            "forwards": self.steps,
+            "forwards_per_token": self.steps / max(1, self.emitted),
+            "accepted_length": self.emitted_guessing / max(1, self.guesses),
+            "guessing_steps": self.guesses,
+            "drafted": self.drafted,
+            "acceptance": [a / n for a, n in zip(self.accepted, self.offered, strict=True) if n],
+        }
+
+
+class Speculator:
+    """Steps requests of a ``runner``. ``hidden`` are the states that :meth:`step` hands to ``observe``; with
+    ``switch_off`` requests stop guessing while it does not pay."""
+
+    def __init__(self, runner: Runner, *, hidden: Sequence[int] = (), switch_off: bool = True) -> None:
+        self.runner, self.hidden, self.switch_off = runner, tuple(hidden), switch_off
+        # seconds a step, by the number of requests in it
+        self.plain: dict[int, collections.deque[float]] = collections.defaultdict(_times)
+        self.guessed: dict[int, collections.deque[float]] = collections.defaultdict(_times)
+
+    def open(self, state: Any) -> Any:
+        """Give a :class:`~gossamer.parts.requests.RequestState` what it needs to be stepped here."""
+        state.past, state.record = self.runner.open(), Record()
+        return state
+
+    def step(self, states: Sequence[Any], draft: Drafting, observe: Observing, settle: Settling) -> list[list[int]]:
+        """Draft for each request that guesses, verify all in one step; the tokens that each emitted, at least one.
+
+        ``observe(states, emitted, hidden)`` is told of every token that came into a request's past: hidden states
+        [layers, m, d] of those m tokens (``None`` where none were asked for). The tokens of a prompt come with no
+        emitted ones.
+        """
+        self._catch_up(states, observe)
+        guessing = self._guessing(states)
+        began = time.perf_counter()
+        drafts = [Draft(())] * len(states)
+        for place, found in zip(guessing, draft([states[n] for n in guessing]) if guessing else [], strict=True):
+            state = states[place]
+            depth = len(found.tokens) if state.room is None else max(0, state.room - 1)
+            drafts[place] = found.cut(depth, state.past.room - 1)
+        outputs = self.runner.run([_chunk(s, d) for s, d in zip(states, drafts, strict=True)], self.hidden)
+        emitted, hidden = [], list[Any]()
+        for state, guess, out in zip(states, drafts, outputs, strict=True):
+            path, tokens = settle(state, guess, out.logits)
+            kept = [0, *(place + 1 for place in path)]
+            state.past.keep(kept)
+            state.record.count(guess, len(path), len(tokens))
+            emitted.append(tokens)
+            hidden.append(None if out.hidden is None else out.hidden[:, kept])
+        observe(states, emitted, hidden if self.hidden else None)
+        if not guessing:
+            self.plain[len(states)].append(time.perf_counter() - began)
+        elif all(guess.tokens for guess in drafts):
+            self.guessed[len(states)].append(time.perf_counter() - began)
+        return emitted
+
+    def cost(self, count: int) -> float | None:
+        """Plain steps that a guessing step of ``count`` requests takes the time of; ``None`` where not measured."""
+        plain, guessed = self.plain[count], self.guessed[count]
+        return statistics.median(guessed) / statistics.median(plain) if len(plain) > 1 and len(guessed) > 1 else None
+
+    def _guessing(self, states: Sequence[Any]) -> list[int]:
+        """Places of the requests that guess now. The first steps of a number of requests are plain, to be timed."""
+        free = [place for place, state in enumerate(states) if state.room is None or state.room > 1]
+        if not self.switch_off:
+            return free
+        if len(self.plain[len(states)]) < 2:
+            return []
+        cost = self.cost(len(states))
+        return [place for place in free if states[place].record.wants(cost)]
+
+    def _catch_up(self, states: Sequence[Any], observe: Observing) -> None:
+        """Run what is not in the past yet, all but the last token."""
+        for state in states:
+            ids = state.ids
+            for start in range(state.past.length, len(ids) - 1, BLOCK):
+                part = ids[start : min(start + BLOCK, len(ids) - 1)]
+                out = self.runner.run([Chunk(state.past, part, chain(len(part)), "none")], self.hidden)[0]
+                observe([state], [[]], None if out.hidden is None else [out.hidden])
+
+
+def settle(state: Any, draft: Draft, logits: Tensor) -> tuple[list[int], list[int]]:
+    """Accept what the model itself would have chosen: the path of accepted places in the draft, and the tokens emitted.
+
+    ``logits`` [1 + drafted tokens, V]. The tokens are accepted into ``state``; none follows one of ``state.ends``.
+    """
+    children, path, tokens, at = draft.children(), list[int](), list[int](), -1
+    while True:
+        below = children.get(at, [])
+        drawn = None if draft.probs is None else [draft.probs[place] for place in below]
+        token = state.choice.among(state.ids, logits[at + 1], [draft.tokens[place] for place in below], drawn)
+        state.accept(token)
+        tokens.append(token)
+        found = next((place for place in below if draft.tokens[place] == token), None)
+        if found is None or token in state.ends:
+            return path, tokens
+        path.append(found)
+        at = found
+
+
+def _chunk(state: Any, draft: Draft) -> Chunk:
+    parents = [-1, *(parent + 1 for parent in draft.tree)]
+    tree = tree_from(len(parents), parents, None, None)
+    return Chunk(state.past, [state.ids[-1], *draft.tokens], dataclasses.replace(tree, chain=False), "all")
+
+
+def _deepest(draft: Draft) -> int:
+    depths = list[int]()
+    for parent in draft.tree:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths, default=0)
+
+
+def _times() -> collections.deque[float]:
+    return collections.deque(maxlen=_TIMES)
