@@ -55,6 +55,7 @@ class Compression(System):
 
     verb = "compress"
     calibrates: ClassVar[bool] = False  # needs data: a recipe gives it its training texts
+    stands_in: ClassVar[bool] = False  # leaves a model to train on, not to use: a recipe keeps the whole one beside it
 
     def check(self, model: nn.Module, data: Any = None) -> None:
         if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
