@@ -101,7 +101,7 @@ class LoRAM(TunerAdapter):
         record = SmallCopy.from_dict(config.copy)
         if fingerprint(base) != record.origin:
             must = f"be the model that the copy was made of (fingerprint {record.origin})"
-            do = "load the original weights: not the copy, not the aligned ones"
+            do = "load the original weights in their own type: not the copy, not the aligned ones"
             raise InputError("recover: the whole model", must=must, got=fingerprint(base), do=do)
         full = self._full(factors, places(base, record), projections(base, config.target_modules), fill)
         found = projections(base, config.target_modules)
@@ -255,7 +255,7 @@ def _mask(layer: Projection, zeros: float) -> Tensor:
 
 def _read(adapter: Any) -> tuple[LoRAMPeftConfig, dict[str, tuple[Tensor, Tensor]]]:
     """Config and factors by path, of an attached model or of a folder."""
-    from peft import get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
     if isinstance(adapter, str | Path):
@@ -266,8 +266,8 @@ def _read(adapter: Any) -> tuple[LoRAMPeftConfig, dict[str, tuple[Tensor, Tensor
         _check_kind(config)
         tensors = load_file(folder / "adapter_model.safetensors")
     else:
-        name = next(iter(getattr(adapter, "active_adapters", [])), "")
-        config = getattr(adapter, "peft_config", {}).get(name)
+        name = adapter.active_adapters[0] if isinstance(adapter, PeftModel) else ""
+        config = adapter.peft_config[name] if name else None
         _check_kind(config)
         tensors = get_peft_model_state_dict(adapter, adapter_name=name, save_embedding_layers=False)
     factors: dict[str, list[Tensor]] = {}
