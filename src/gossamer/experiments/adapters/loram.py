@@ -6,8 +6,8 @@ the line alone. All arms train rank 8 on all linear layers, without dropout, on 
 llama (the nursery Llama: 8 layers, 7M, prose and some code; first and last block protected). Copies have half or a
 quarter of the neurons of six blocks and one of their two key-value heads, or half of their weights in place (4:8, any
 place). Alignment: 60 steps on 8 texts of prose and code, all weights but the tied head. Learning rates by the first
-seed's validation loss, of two for full LoRA and two for LoRAM (ratio 0.5, aligned, recovered), which hold for the other
-arms of their sort. The sister has five of the eight layers, the size of the copy at 0.5, and is trained from scratch
+seed's validation loss, of two for training and two for alignment: for LoRA on the whole, for LoRAM at 0.5 recovered,
+and for the copy at 0.5 in use; they hold for the other arms of their sort. The sister has five of the eight layers, the size of the copy at 0.5, and is trained from scratch
 for 100 steps on the alignment's texts: far less than the Llama had. gemma (18 layers, vocabulary cut to the texts,
 blocks 0, 1 and 17 protected): half of the neurons, its one key-value head stays; 16 steps each of alignment and of
 training, one training seed, one rate; the seeds there are disjoint thirds of the test rows.
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -59,11 +60,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "memory": {},
 }
 RATES = (1e-3, 3e-3)
+ALIGN_RATES = (1e-4, 1e-3)
 PLAN = {
-    "llama": {"steps": 60, "align": 60, "align_rate": 1e-3, "batch": 8, "align_batch": 8, "test": 300},
-    "gemma": {"steps": 16, "align": 16, "align_rate": 2e-4, "batch": 4, "align_batch": 4, "test": 90},
+    "llama": {"steps": 60, "align": 60, "batch": 8, "align_batch": 8, "test": 300},
+    "gemma": {"steps": 16, "align": 16, "batch": 4, "align_batch": 4, "test": 90},
 }
-GEMMA_RATE = 1e-3
+GEMMA_RATES = (1e-3, 5e-5)  # of training and of alignment, as the paper has it
 SISTER = {"layers": 5, "steps": 100}
 MEMORY_RATIOS = (0.0, 0.5, 0.75)
 LENGTH = 96
@@ -79,10 +81,11 @@ def run(arm: str, seed: int, lab: Lab) -> dict[str, float]:
         return {"test_loss": _losses(_fixture(base, lab)[0], base, "test", lab)[fold]}
     options = dict(ARMS[arm])
     used = options.pop("used", "whole")
-    rate = _rate(base, "loram" if options else "lora", lab)
+    rates = _rates(base, ("small" if used == "copy" else "loram") if options else "lora", lab)
     train_seed = seed if base == "llama" else SEEDS[0]
-    figures = _figures(base, "" if options else how, tuple(sorted(options.items())), train_seed, rate, lab)
-    return {"test_loss": figures[used][fold], "held": figures["held"], "trained": figures["trained"], "rate": rate}
+    figures = _figures(base, "" if options else how, tuple(sorted(options.items())), train_seed, rates, lab)
+    found = {"held": figures["held"], "trained": figures["trained"], "rate": rates[0], "align_rate": rates[1]}
+    return {"test_loss": figures[used][fold], **found}
 
 
 def conclude(results: Results) -> Conclusion:
@@ -120,8 +123,9 @@ def conclude(results: Results) -> Conclusion:
             "test loss: " + ", ".join(f"{arm} {value:.4f}" for arm, value in loss.items()),
             "frozen numbers held in training: " + ", ".join(f"{arm} {count / 1e6:.2f}M" for arm, count in held.items()),
             f"confined to the mask against free, any place: {free[0]:+.4f} [{free[1]:+.4f}, {free[2]:+.4f}]",
-            f"learning rates of {RATES}: " + ", ".join(
-                f"{arm} {results.mean(arm, 'rate'):g}" for arm in ("llama_lora", "llama_loram_0.5")
+            "learning rates of training and alignment: " + ", ".join(
+                f"{arm} {results.mean(arm, 'rate'):g} and {results.mean(arm, 'align_rate'):g}"
+                for arm in ("llama_lora", "llama_loram_0.5", "llama_small_0.5")
             ),
         ),
     )  # fmt: skip
@@ -140,27 +144,33 @@ def _memory_line(results: Results) -> MustSee:
         f"ratio {ratio:g}: {peak / 1e6:.0f} MB resident, {weight / 1e6:.0f} MB of weights"
         for ratio, peak, weight in zip(MEMORY_RATIOS, peaks, weights, strict=True)
     )
-    falls = all(figures == sorted(figures, reverse=True) for figures in (peaks, weights))
+    falls = all(high > low for figures in (peaks, weights) for high, low in itertools.pairwise(figures))
     return MustSee("peak memory of training falls with the ratio", text, falls)
 
 
 @functools.cache
-def _rate(base: str, sort: str, lab: Lab) -> float:
-    """The better learning rate of LoRA on the whole, or of LoRAM, by the first seed's validation loss."""
+def _rates(base: str, sort: str, lab: Lab) -> tuple[float, float]:
+    """Learning rates of training and alignment, by the first seed's validation loss of LoRA on the whole, of LoRAM
+    recovered, or of the copy in use."""
     if base == "gemma":
-        return GEMMA_RATE
+        return GEMMA_RATES
     how, options = ("lora", {}) if sort == "lora" else ("", ARMS["llama_loram_0.5"])
+    aligning = ALIGN_RATES if options else ALIGN_RATES[:1]
+    grid = [(rate, align) for align in aligning for rate in RATES][: 1 if lab.quick else None]
+    metric = "validation_copy" if sort == "small" else "validation"
 
-    def choose() -> float:
-        rates = RATES[:1] if lab.quick else RATES
-        tried = {rate: _figures(base, how, tuple(sorted(options.items())), SEEDS[0], rate, lab) for rate in rates}
-        return min(tried, key=lambda rate: tried[rate]["validation"])
+    def choose() -> tuple[float, float]:
+        items = tuple(sorted(options.items()))
+        return min(grid, key=lambda rates: _figures(base, how, items, SEEDS[0], rates, lab)[metric])
 
-    return float(lab.once(f"rate-{sort}", choose))
+    rate, align = lab.once(f"rates-{sort}", choose)
+    return float(rate), float(align)
 
 
 @functools.cache
-def _figures(base: str, how: str, options: tuple[Any, ...], seed: int, rate: float, lab: Lab) -> dict[str, Any]:
+def _figures(
+    base: str, how: str, options: tuple[Any, ...], seed: int, rates: tuple[float, float], lab: Lab
+) -> dict[str, Any]:
     """Train, and measure on the copy and recovered: losses on the folds of test rows, validation loss, numbers."""
     from gossamer.pipeline.single import system
 
@@ -171,30 +181,31 @@ def _figures(base: str, how: str, options: tuple[Any, ...], seed: int, rate: flo
         start = _sister(lab) if how == "sister" else whole
         adapter = system("lora", seed=seed, rank=8)
     else:
-        start = _copied(base, lab=lab, **choices)
+        start = _copied(base, lab=lab, align_rate=rates[1] if choices["aligned"] else 0.0, **choices)
         adapter = system("loram", seed=seed, rank=8, dropout=0.0, **confined)
     model = adapter.attach(copy.deepcopy(start))
     rows = _rows(base, "train", lab)
     steps = 2 if lab.quick else PLAN[base]["steps"]
-    _train(model, tokenizer, rows, int(steps), int(PLAN[base]["batch"]), rate, seed, lab)
+    _train(model, tokenizer, rows, int(steps), int(PLAN[base]["batch"]), rates[0], seed, lab)
     held = float(sum(parameter.numel() for parameter in start.parameters()))
     trained = float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
-    on_copy = _losses(model, base, "test", lab)
+    on_copy, validation_copy = (_losses(model, base, split, lab) for split in ("test", "validation"))
     final = model if how else adapter.recover(model, copy.deepcopy(whole))
     figures = {
         "copy": on_copy,
         "whole": on_copy if how else _losses(final, base, "test", lab),
-        "validation": _losses(final, base, "validation", lab)[0],
+        "validation": validation_copy[0] if how else _losses(final, base, "validation", lab)[0],
+        "validation_copy": validation_copy[0],
         "held": held,
         "trained": trained,
     }
-    lab.log(f"{base} {how} {choices} {confined} seed {seed} rate {rate:g}: {figures}")
+    lab.log(f"{base} {how} {choices} {confined} seed {seed} rates {rates}: {figures}")
     return figures
 
 
 # the arms of one copy stand together
 @functools.lru_cache(maxsize=2)
-def _copied(base: str, method: str, ratio: float, aligned: bool, lab: Lab) -> Any:
+def _copied(base: str, method: str, ratio: float, aligned: bool, align_rate: float, lab: Lab) -> Any:
     """A small copy, calibrated and aligned on prose and code."""
     from gossamer.parts.small_copies import zeros_kept
     from gossamer.pipeline.single import compress
@@ -214,7 +225,7 @@ def _copied(base: str, method: str, ratio: float, aligned: bool, lab: Lab) -> An
         steps = 1 if lab.quick else PLAN[base]["align"]
         with zeros_kept(small):
             plan = PLAN[base]
-            _train(small, tokenizer, texts, int(steps), int(plan["align_batch"]), plan["align_rate"], 0, lab)
+            _train(small, tokenizer, texts, int(steps), int(plan["align_batch"]), align_rate, 0, lab)
     return small.requires_grad_(False)
 
 
@@ -275,7 +286,7 @@ def _rows(base: str, split: str, lab: Lab) -> list[dict[str, Any]]:
     from gossamer.hub.corpora import load_corpus
 
     limits = {"train": 1000, "validation": 90, "test": int(PLAN[base]["test"])}
-    limit = min(limits[split], 24) if lab.quick else limits[split]
+    limit = min(limits[split], 12) if lab.quick else limits[split]
     rows = load_corpus("python_functions", split=split, limit=limit).rows
     return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
 
@@ -287,7 +298,7 @@ def _losses(model: Any, base: str, split: str, lab: Lab) -> list[float]:
     from gossamer.parts.data import Collator, tokenise, weight_sum, weighted_loss
 
     _, tokenizer, _ = _fixture(base, lab)
-    examples = [tokenise(row, tokenizer, max_length=LENGTH) for row in _rows(base, split, lab)]
+    examples: list[Any] = [tokenise(row, tokenizer, max_length=LENGTH) for row in _rows(base, split, lab)]
     folds = len(SEEDS) if base == "gemma" and split == "test" else 1
     collate, losses = Collator(tokenizer), []
     model.eval()
@@ -323,11 +334,12 @@ def _memory(lab: Lab) -> dict[str, float]:
 
 
 _CHILD = """
-import json, resource, sys, torch
+import json, sys, torch
 import gossamer, peft
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-resident = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# not ru_maxrss: a child inherits its parent's
+resident = lambda: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = resident()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
