@@ -90,7 +90,10 @@ def _broken(*_: Any) -> None:
 
 
 def test_a_published_copy_is_trained_on_and_recovered_onto_a_named_model(rows_path: str, tmp_path: Path) -> None:
-    publisher = [{"small_copy": {"method": "unst", "compensate": False}}, {"align": {"corpus": "data", "steps": 1, "batch_size": 4}}]
+    publisher = [
+        {"small_copy": {"method": "unst", "compensate": False}},
+        {"align": {"corpus": "data", "steps": 1, "batch_size": 4}},
+    ]
     engine.run(recipe(rows_path, steps=publisher), out=tmp_path / "copy")
     copied = str(tmp_path / "copy" / "result" / "model")
     steps = [{"loram": {"rank": 4}}, {"train": {"steps": 1, "max_length": 48}}, {"recover": {"base": "full"}}, "merge"]

@@ -7,10 +7,12 @@ llama (the nursery Llama: 8 layers, 7M, prose and some code; first and last bloc
 quarter of the neurons of six blocks and one of their two key-value heads, or half of their weights in place (4:8, any
 place). Alignment: 60 steps on 8 texts of prose and code, all weights but the tied head. Learning rates by the first
 seed's validation loss, of two for training and two for alignment: for LoRA on the whole, for LoRAM at 0.5 recovered,
-and for the copy at 0.5 in use; they hold for the other arms of their sort. The sister has five of the eight layers, the size of the copy at 0.5, and is trained from scratch
-for 100 steps on the alignment's texts: far less than the Llama had. gemma (18 layers, vocabulary cut to the texts,
-blocks 0, 1 and 17 protected): half of the neurons, its one key-value head stays; 16 steps each of alignment and of
-training, one training seed, one rate; the seeds there are disjoint thirds of the test rows.
+and for the copy at 0.5 in use; they hold for the other arms of their sort. The sister has five of the eight layers, the
+size of the copy at 0.5, and is trained from scratch for 100 steps on the alignment's texts: far less than the Llama had.
+
+gemma (18 layers, vocabulary cut to the texts, blocks 0, 1 and 17 protected): half of the neurons, its one key-value
+head stays; 16 steps each of alignment and of training, one training seed, one rate of each; the seeds there are
+disjoint thirds of the test rows.
 
 Arms: untuned; LoRA on the whole (upper bound); ``loram_*`` recovered onto the whole; ``small_*`` the same training used
 on the copy; ``unaligned``; ``rand`` against Taylor scores; ``semi``, ``unst`` and ``unst_free`` (update not confined);
