@@ -8,7 +8,7 @@ quarter of the neurons of six blocks and one of their two key-value heads, or ha
 place). Alignment: 60 steps on 8 texts of prose and code, all weights but the tied head. Learning rates by the first
 seed's validation loss, of two for training and two for alignment: for LoRA on the whole, for LoRAM at 0.5 recovered,
 and for the copy at 0.5 in use; they hold for the other arms of their sort. The sister has five of the eight layers, the
-size of the copy at 0.5, and is trained from scratch for 100 steps on the alignment's texts: far less than the Llama had.
+size of the copy at 0.5, and is trained from scratch for 100 steps on the alignment's texts: far less than it had.
 
 gemma (18 layers, vocabulary cut to the texts, blocks 0, 1 and 17 protected): half of the neurons, its one key-value
 head stays; 16 steps each of alignment and of training, one training seed, one rate of each; the seeds there are
