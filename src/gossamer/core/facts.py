@@ -19,6 +19,7 @@ FACTS = {
     "merged": "an adapter was folded into the weights",
     "vocabulary_trimmed": "the vocabulary was cut to a corpus",
     "pruned": "weights or parts of the layers were removed",
+    "small_copy": "a small copy stands for the model",
     "drafter_fitted": "a drafter was fitted",
     "guard_fitted": "a guard was fitted",
     "decoder_set": "a decoding system rules generation",

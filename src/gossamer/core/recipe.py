@@ -262,11 +262,11 @@ def _exists(name: str) -> bool:
 
 
 def _start_facts(model: str) -> frozenset[str]:
-    """A local checkpoint may be quantised already; its config says so."""
-    config = Path(model) / "config.json"
-    if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
-        return frozenset({"quantised"})
-    return facts.START
+    """A local checkpoint may be quantised or a small copy already; its config says so."""
+    path = Path(model) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    start = frozenset({"quantised"}) if "quantization_config" in config else facts.START
+    return start | {"pruned", "small_copy"} if "gossamer_small_copy" in config else start
 
 
 class _Loader(yaml.SafeLoader):

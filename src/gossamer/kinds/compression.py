@@ -54,6 +54,7 @@ class Compression(System):
     """Makes a model smaller. ``data`` is a list of token batches, or ``None`` for methods that need weights only."""
 
     verb = "compress"
+    stands_in: ClassVar[bool] = False  # leaves a model to train on, not to use: a recipe keeps the whole one beside it
 
     @property
     def calibrates(self) -> bool:

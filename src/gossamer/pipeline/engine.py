@@ -4,6 +4,7 @@
     RUN/state.json     steps done, with what each changed
     RUN/arms/          one measured model a file
     RUN/stages/        the bundle after the last step, from which a run that was cut off goes on
+    RUN/whole/         the model that a small copy stands for, until the run is done
     RUN/result/        the finished model (result/model loads with from_pretrained)
     RUN/report.html, report.json, log
 
@@ -36,7 +37,7 @@ from gossamer.pipeline.arms import FEW_SHOT, RESULT, UNTOUCHED, is_task, measure
 from gossamer.pipeline.costs import measure_costs
 from gossamer.pipeline.job import Job, Reporter, Silent
 from gossamer.pipeline.reporting import build_report
-from gossamer.pipeline.stage import is_adapted, load_bundle, save_bundle
+from gossamer.pipeline.stage import WHOLE, is_adapted, load_bundle, save_bundle
 from gossamer.pipeline.system_steps import take_system
 
 
@@ -116,6 +117,7 @@ class _Run:
         report = build_report(self.job, self.done)
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         shutil.rmtree(self.folder / "stages", ignore_errors=True)
+        shutil.rmtree(self.folder / WHOLE, ignore_errors=True)
         self.reporter.note(f"done: {self.folder}")
         return report
 
@@ -153,6 +155,7 @@ class _Run:
         self.reporter.note(f"step {index + 1} of {len(self.recipe.steps)}: {call.name}")
         seed = self.recipe.seed * 1000 + index
         _seed_all(seed)
+        base = self.job.base
         self.job.scratch = self.folder / "work" / f"{index + 1:02d}-{call.name}"
         before = _counts(bundle.model)
         start = time.perf_counter()
@@ -170,6 +173,8 @@ class _Run:
         self._keep(index, bundle)
         record["seconds"] = round(time.perf_counter() - start, 1)
         record["adapted"] = is_adapted(bundle.model)
+        if self.job.base != base:
+            record["base"] = self.job.base
         self.job.base = self._base_after({**record, "index": index})
         self.done.append({**record, "index": index})
         write_json(self.folder / "state.json", self.done)
@@ -192,8 +197,8 @@ class _Run:
         save_bundle(bundle, self._stage(index), base=self.job.base)
 
     def _base_after(self, record: dict[str, Any]) -> str:
-        """Where the plain model lies after this step: an attached adapter leaves it where it was."""
-        return self.job.base if record["adapted"] else str(self._stage(record["index"]) / "model")
+        """Where the plain model lies after this step: an attached adapter leaves it where it was, or was moved to."""
+        return record.get("base", self.job.base) if record["adapted"] else str(self._stage(record["index"]) / "model")
 
     def _clean(self, index: int) -> None:
         """Remove stages that nothing refers to any more, and the step's scratch folder."""

@@ -21,7 +21,9 @@ from gossamer.core.paths import atomic_dir, write_json
 from gossamer.kinds.acceleration import Acceleration
 from gossamer.kinds.adapters import ModuleAdapter
 from gossamer.kinds.base import FittedSystem
+from gossamer.pipeline.job import Job
 
+WHOLE = "whole"  # folder of a run with the model that a small copy stands for
 Companions = Callable[[], Mapping[str, Any]]
 
 
@@ -89,6 +91,23 @@ def load_bundle(folder: Path, companions: Companions = dict) -> Bundle:
     if record["acceleration"]:
         bundle.model, bundle.processor = bundle.parts[record["acceleration"]].accelerate(bundle.model, processor)
     return bundle
+
+
+def keep_whole(job: Job) -> None:
+    """Copy the model before this step to the run folder, unless it is the recipe's own, which stays where it is."""
+    from gossamer.hub.models import resolve
+
+    if job.base != str(resolve(job.recipe.model).path):
+        with atomic_dir(job.folder / WHOLE) as path:
+            shutil.copytree(job.base, path, dirs_exist_ok=True)
+
+
+def whole_path(job: Job) -> Path:
+    """Where the model lies that a small copy in this run stands for."""
+    from gossamer.hub.models import resolve
+
+    kept = job.folder / WHOLE
+    return kept if kept.exists() else Path(resolve(job.recipe.model).path)
 
 
 def _save_adapter(bundle: Bundle, folder: Path) -> None:

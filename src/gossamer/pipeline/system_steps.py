@@ -12,7 +12,7 @@ from gossamer.core.recipe import StepCall
 from gossamer.parts.roundtrip import difference, probe
 from gossamer.pipeline.job import Job
 from gossamer.pipeline.probe_texts import calibration_batches, probe_texts
-from gossamer.pipeline.stage import adapted_processor
+from gossamer.pipeline.stage import adapted_processor, keep_whole
 
 _BROKEN = 2.0  # a 4-bit Gemma-3-270M, which has lost much, is at 0.3
 Taken = tuple[Bundle, dict[str, Any]]
@@ -53,7 +53,9 @@ def _compress(system: Any, bundle: Bundle, job: Job) -> Taken:
     compressed = system.compress(bundle.model, calibration_batches(job, bundle.processor) if asked else None)
     bundle.model = compressed.model
     found = difference(before, probe(bundle.model, bundle.processor, texts, like=before))
-    if not found.kl <= _BROKEN:
+    if system.stands_in:
+        keep_whole(job)
+    elif not found.kl <= _BROKEN:
         raise GossamerError(
             system.name,
             must=f"leave a model within {_BROKEN:g} nats of the float one (mean KL per token)",

@@ -6,6 +6,7 @@ The outcome of an adapter is what it makes of a model after two steps of trainin
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.core import registry
 from gossamer.core.card import Entry
 from gossamer.kinds.adapters import TunerAdapter
 from gossamer.parts.scheduled import penalties, tell_step
@@ -27,7 +29,7 @@ KEPT = ("inputs", "config")
 
 
 def subject(system: Any, bench: Bench) -> dict[str, Any]:
-    model = bench.model(layers=LAYERS)
+    model = fresh(system, bench)
     return {"model": model, "config": model.config, "inputs": _inputs(system, bench)}
 
 
@@ -39,12 +41,12 @@ def outcome(system: Any, subject: dict[str, Any]) -> Any:
 
 
 def bad_inputs(system: Any, bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
-    attached = system.attach(bench.model(layers=LAYERS))
+    attached = system.attach(fresh(system, bench))
     yield "attaching to a model that has an adapter", lambda: system.attach(attached)
     if any(spec.name == "target_modules" for spec in system.config.specs):
         options = system.config.as_dict() | {"target_modules": ("no_such_layer",)}
         other = type(system)(seed=0, companions=system.companions, **options)
-        yield "target_modules without such a layer", lambda: other.attach(bench.model(layers=LAYERS))
+        yield "target_modules without such a layer", lambda: other.attach(fresh(system, bench))
 
 
 def reloaded(system: Any, bench: Bench, folder: Path) -> tuple[Any, Any]:
@@ -54,20 +56,21 @@ def reloaded(system: Any, bench: Bench, folder: Path) -> tuple[Any, Any]:
         from peft import PeftModel
 
         attached.save_pretrained(str(folder))
-        again: Any = PeftModel.from_pretrained(bench.model(layers=LAYERS), str(folder))
+        again: Any = PeftModel.from_pretrained(fresh(system, bench), str(folder))
     else:
         system.save(attached, folder)
-        fresh = type(system)(system.config, seed=99, companions=system.companions)
-        again = fresh.load(bench.model(layers=LAYERS), folder)
+        other = type(system)(system.config, seed=99, companions=system.companions)
+        again = other.load(fresh(system, bench), folder)
     return before, evaluated(again, inputs)
 
 
 @law(trait="identity_at_init")
 def check_identity_at_start(entry: Entry, bench: Bench) -> None:
     """Attached and untrained, the model gives the outputs that it gave before."""
-    model, inputs = bench.model(layers=LAYERS), bench.inputs()
+    system, inputs = build(entry, bench, base_options(entry, bench)), bench.inputs()
+    model = fresh(system, bench)
     before = evaluated(model, inputs)
-    attached = build(entry, bench, base_options(entry, bench)).attach(model)
+    attached = system.attach(model)
     difference = differs(before, evaluated(attached, inputs), atol=1e-6)
     assert not difference, f"the untrained adapter changes the output: {difference}"
 
@@ -75,10 +78,11 @@ def check_identity_at_start(entry: Entry, bench: Bench) -> None:
 @law()
 def check_only_its_parameters_train(entry: Entry, bench: Bench) -> None:
     """The model's own weights neither require gradients nor move, and every parameter of the adapter gets some."""
-    model, inputs = bench.model(layers=LAYERS), bench.inputs()
+    system, inputs = build(entry, bench, base_options(entry, bench)), bench.inputs()
+    model = fresh(system, bench)
     own = dict(model.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in own.items()}
-    attached = build(entry, bench, base_options(entry, bench)).attach(model)
+    attached = system.attach(model)
     training = [name for name, parameter in own.items() if parameter.requires_grad]
     assert not training, f"{len(training)} weights of the model require gradients, {training[:2]} among them"
     assert any(p.requires_grad for p in attached.parameters()), "the adapter has nothing to train"
@@ -91,10 +95,10 @@ def check_only_its_parameters_train(entry: Entry, bench: Bench) -> None:
 @law()
 def check_detach_is_bit_for_bit(entry: Entry, bench: Bench) -> None:
     """After detach: the same names, weights, outputs and ``requires_grad`` as before attach."""
-    model, inputs = bench.model(layers=LAYERS), bench.inputs()
+    system, inputs = build(entry, bench, base_options(entry, bench)), bench.inputs()
+    model = fresh(system, bench)
     next(model.parameters()).requires_grad_(False)
     before, logits = frozen(model), evaluated(model, inputs)
-    system = build(entry, bench, base_options(entry, bench))
     known = set(map(id, model.parameters()))
     plain = system.detach(fill(system.attach(model), known))
     difference = differs(before, frozen(plain)) or differs(logits, evaluated(plain, inputs), where="output")
@@ -107,11 +111,11 @@ def check_merged_equals_unmerged(entry: Entry, bench: Bench) -> None:
     system, inputs = build(entry, bench, base_options(entry, bench)), bench.inputs()
     attached = filled(system, bench)
     before = evaluated(attached, inputs)
-    assert differs(before, evaluated(bench.model(layers=LAYERS), inputs), atol=1e-3), "the adapter has no effect"
+    assert differs(before, evaluated(fresh(system, bench), inputs), atol=1e-3), "the adapter has no effect"
     merged = system.merge(attached)
     difference = differs(before, evaluated(merged, inputs), atol=1e-5)
     assert not difference, f"merged and unmerged differ: {difference}"
-    names = set(bench.model(layers=LAYERS).state_dict())
+    names = set(fresh(system, bench).state_dict())
     assert set(merged.state_dict()) == names, f"merging leaves {sorted(set(merged.state_dict()) ^ names)[:3]}"
 
 
@@ -126,12 +130,21 @@ def check_exported_lora_gives_the_same(entry: Entry, bench: Bench) -> None:
         system.export_lora(attached, Path(folder) / "lora")
         kind = json.loads((Path(folder) / "lora" / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
         assert kind == "LORA", f"the exported checkpoint is of type {kind}"
-        again: Any = PeftModel.from_pretrained(bench.model(layers=LAYERS), str(Path(folder) / "lora"))
+        again: Any = PeftModel.from_pretrained(fresh(system, bench), str(Path(folder) / "lora"))
     foreign = {type(m).__module__ for m in again.modules()} - {type(m).__module__ for m in bench.model().modules()}
     foreign = {name for name in foreign if not name.startswith(("peft.", "torch."))}
     assert not foreign, f"loading it brings modules of {sorted(foreign)}"
     difference = differs(evaluated(attached, inputs), evaluated(again, inputs), atol=1e-5)
     assert not difference, f"the exported LoRA differs: {difference}"
+
+
+def fresh(system: Any, bench: Bench) -> Any:
+    """The bench's model; a sparse small copy of it where the system's card requires one."""
+    model = bench.model(layers=LAYERS)
+    if "small_copy" not in sys.modules[type(system).__module__].CARD.requires:
+        return model
+    maker = registry.find("small_copy", kind="compression").load()
+    return maker(method="unst", compensate=False).compress(model).model
 
 
 def _inputs(system: Any, bench: Bench) -> dict[str, Tensor]:
@@ -148,7 +161,7 @@ def _inputs(system: Any, bench: Bench) -> dict[str, Tensor]:
 
 def filled(system: Any, bench: Bench) -> Any:
     """A model with the adapter, its parameters moved off their start as training would, in evaluation mode."""
-    model = bench.model(layers=LAYERS)
+    model = fresh(system, bench)
     known = set(map(id, model.parameters()))
     return fill(system.attach(model), known)
 
