@@ -10,6 +10,7 @@ import pytest
 from gossamer.applications.narrate import Narrate
 from gossamer.core.paths import sha256
 from gossamer.hub.nursery import nursery_folder
+from gossamer.hub.nursery.narrator import RECOMBINED
 from gossamer.hub.worlds.events import HELD_OUT_SCENES, EventVideo, event_videos, narrations
 
 VIDEOS = 6
@@ -19,13 +20,6 @@ VIDEOS = 6
 def files(tmp_path_factory) -> list[tuple[EventVideo, Path]]:
     """Videos of the test split at 360p."""
     return written(event_videos("test", VIDEOS), tmp_path_factory.mktemp("known"))
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory) -> list[tuple[EventVideo, Path]]:
-    """Held-out places in a held-out style."""
-    videos = event_videos("test", VIDEOS, scenes=HELD_OUT_SCENES, style="textured")
-    return written(videos, tmp_path_factory.mktemp("foreign"))
 
 
 def written(videos: list[EventVideo], folder: Path) -> list[tuple[EventVideo, Path]]:
@@ -44,24 +38,24 @@ def test_held_out_videos_of_its_world_get_their_true_script(files):
     assert all(scenes)
 
 
-def test_another_world_is_mostly_marked_and_known_after_its_events_are_added(foreign, tmp_path):
+@pytest.mark.parametrize(("style", "least"), [("flat", 0.5), ("textured", 0.3)])
+def test_another_world_is_mostly_marked_and_narrated_after_its_events_are_added(style, least, tmp_path):
+    """Held-out events in held-out places; "textured" is held out as well. An eighth is chance within a place."""
     weights = nursery_folder("narrator") / "model.safetensors"
     before = sha256(weights)
+    foreign = written(event_videos("test", VIDEOS, scenes=HELD_OUT_SCENES, style=style), tmp_path)
     plain = [Narrate().apply(path) for _, path in foreign]
-    rows = [row for found in plain for row in found.rows]
-    assert statistics.fmean(row.known for row in rows) < 0.5
+    assert statistics.fmean(row.known for found in plain for row in found.rows) < 0.2
     assert any(found.advice for found in plain)
     system = Narrate()
-    vocabulary = system.vocabulary
-    for place in HELD_OUT_SCENES:
-        vocabulary.add(narrations([place]), system.encoder, scene=place)
-    vocabulary.save(tmp_path / "grown.vocab")
-    right, chance = [], []
+    system.vocabulary.add(narrations(HELD_OUT_SCENES), system.encoder)
+    system.vocabulary.save(tmp_path / "grown.vocab")
+    right = []
     for video, path in foreign:
-        found = Narrate(vocab=str(tmp_path / "grown.vocab")).apply(path)
-        right += [row.prefix == clip.prefix for row, clip in zip(found.rows, video.clips, strict=True)]
-        chance.append(1 / len({clip.prefix for clip in video.clips}))
-    assert statistics.fmean(right) > 2 * statistics.fmean(chance)
+        if video.scene == RECOMBINED:  # of the other place training knows no word
+            found = Narrate(vocab=str(tmp_path / "grown.vocab")).apply(path)
+            right += [row.prefix == clip.prefix for row, clip in zip(found.rows, video.clips, strict=True)]
+    assert statistics.fmean(right) > least  # of 64 events
     assert sha256(weights) == before
 
 

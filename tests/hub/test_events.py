@@ -15,6 +15,7 @@ from gossamer.hub.worlds.events import (
     SCENES,
     EventVideo,
     event_videos,
+    mixed_events,
     narrations,
     sample_video,
 )
@@ -40,6 +41,23 @@ def test_the_world_is_as_large_as_it_says() -> None:
     assert {VERBS[verb].tool for verb, _ in events + held_out} == set(TOOLS)
     assert {thing for _, thing in events + held_out} == set(OBJECTS) == set(LOOKS)
     assert {verb for verb, _ in events + held_out} == set(VERBS)
+
+
+def test_mixed_videos_show_all_words_but_no_event_of_a_held_out_place() -> None:
+    pairs, words = mixed_events(), {word for event in mixed_events() for word in event}
+    assert len(pairs) == len(set(pairs)) > 500
+    for name in HELD_OUT_SCENES:
+        events = PLACES[name].events
+        assert not set(events) & set(pairs)
+        known = {word for event in events for word in event} & words
+        assert known == ({word for event in events for word in event} if PLACES[name].held_out == "pairs" else set())
+    videos = event_videos("train", 12, mixed=True)
+    assert [video.scene for video in videos[:6]] == list(SCENES)
+    shown = [{(clip.verb, clip.object) for clip in video.clips} for video in videos]
+    assert all(events <= set(pairs) and len(events) <= 8 for events in shown)
+    assert len(set.union(*shown)) > 60
+    assert not {video.name for video in videos} & {video.name for video in event_videos("train", 12)}
+    assert {clip.narration for video in videos for clip in video.clips} <= set(narrations(mixed=True))
 
 
 def test_narrations_are_prefix_and_postfix() -> None:

@@ -25,6 +25,7 @@ CAUSAL = ("next", "previous")
 NEW_TOKENS = 16
 BATCH = 64
 LAYERS = 3  # of llama-7m's eight
+FRAMES = 8  # a clip has 2; only whole videos are thinned out
 
 
 @functools.cache
@@ -65,7 +66,7 @@ def trained(arm: str, options: dict[str, Any], rate: float, seed: int, lab: Lab,
 
     import gossamer
 
-    key = hashlib.sha256(repr((sorted(options.items()), rate, steps, LAYERS, BATCH)).encode()).hexdigest()[:8]
+    key = hashlib.sha256(repr((sorted(options.items()), rate, steps, LAYERS, BATCH, FRAMES)).encode()).hexdigest()[:8]
     folder = lab.folder("models") / f"{arm}-{seed}-{key}"
     if not folder.is_dir():
         model, processor = fresh(options, seed)
@@ -84,7 +85,7 @@ def fresh(options: dict[str, Any], seed: int) -> tuple[Any, Any]:
 
     base, tokenizer = _base(options.get("random", False), seed)
     own = {key: value for key, value in options.items() if key not in ("random", "halves")}
-    system = VLog(seed=seed, **own)
+    system = VLog(seed=seed, max_frames=FRAMES, **own)
     processor = system.processor(tokenizer)
     processor.encoder = encoder()
     return system.build(base), processor

@@ -18,13 +18,14 @@ times as fast as generation; the better retrieval tokens, pretrained against ran
 in the paper; hierarchical search within 2 points of brute force, in under a tenth of its time at 100,000, and above as
 many random videos; clips of unlisted places noticed, and narrated after an addition without training.
 
-Smaller than the paper: two seeds, 600 steps of 64 rows, 3M parameters; a second size, Gemma-3-270M with LoRA, would
-take an hour on two cores and is left out (LoRA and Gemma are in the tests at tiny size). That the question matters is
-learned late, after some 300 steps in which every answer is a mixture of the three; pilots of 250 steps, and with visual
-tokens as small as the embeddings, ended there and showed nothing. What is reported is no limit. Distractors beyond
-20,000 are mixtures of encoded ones. In the upgrade the scene's description stands for an image model's, and the actions
-are listed by Gemma-3-270M; the oracle's list is the upper bound. "unseen" places are ones that training never shows,
-with verbs and objects of their own: there nothing links the two spaces, and little is expected.
+Smaller than the paper: two seeds, 600 steps of 64 rows, 8 frames of a whole video, 3M parameters; a second size,
+Gemma-3-270M with LoRA, would take an hour on two cores and is left out (LoRA and Gemma are in the tests at tiny size).
+That the question matters is learned late, after some 300 steps in which every answer is a mixture of the three; pilots
+of 250 steps, and with visual tokens as small as the embeddings, ended there and showed nothing. What is reported is no
+limit. Distractors beyond 20,000 are mixtures of encoded ones. In the upgrade the scene's description stands for an
+image model's, and the actions are listed by Gemma-3-270M; the oracle's list is the upper bound. "unseen" places are
+ones that training never shows, with verbs and objects of their own: there nothing links the two spaces, and little is
+expected.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def run(arm: str, seed: int, lab: Lab) -> dict[str, Any]:
 
 
 def conclude(results: Results) -> Conclusion:
-    """Causal R@1 against the better pooled baseline; the rest of the plan is listed beside it."""
+    """Shown: causal R@1 apart from both pooled baselines, R@1 as generation's, a clip 5 times as fast."""
     from gossamer.experiments.architectures._vlog_data import CAUSAL, groups, interval, unpacked
 
     def mean(arm: str, metric: str) -> float:
@@ -104,6 +105,8 @@ def conclude(results: Results) -> Conclusion:
     ]
     effect, low, high = interval(pairs, owners["causal"])
     apart = bounds("vlog_pool", "causal")[1] > max(bounds(arm, "causal")[2] for arm in POOLED)
+    naive_as_right = mean("vlog_pool", "naive_r1") >= mean("generative", "naive_r1") - 1
+    as_right = naive_as_right and mean("vlog_pool", "causal_r1") >= mean("generative", "causal_r1") - 1
     speeds = {key: mean("timing", key) for key in ("speedup_1", "speedup_16", "speedup_long_1", "speedup_long_16")}
     tokens = f"{mean('timing', 'tokens'):.1f} and {mean('timing', 'tokens_long'):.1f} tokens"
     last = "2000" if quick else "100000"
@@ -116,7 +119,7 @@ def conclude(results: Results) -> Conclusion:
         MustSee(
             "naive R@1 not below the generative model's",
             told(("vlog_pool", "generative", *POOLED), "naive"),
-            mean("vlog_pool", "naive_r1") >= mean("generative", "naive_r1") - 1,
+            naive_as_right,
         ),
         MustSee(
             "causal R@1 above the generative model's",
@@ -161,7 +164,7 @@ def conclude(results: Results) -> Conclusion:
         ),
     )
     return Conclusion(
-        shown=apart and low > 0,
+        shown=apart and low > 0 and as_right and speeds["speedup_1"] >= 5,
         baseline=f"{best}: causal R@1 {mean(best, 'causal_r1'):.1f} %",
         result=f"VLog (pool): causal R@1 {mean('vlog_pool', 'causal_r1'):.1f} %, "
         f"{speeds['speedup_1']:.1f} times as fast a clip as generation",

@@ -145,7 +145,8 @@ def _train(name: str, steps: int, log: Callable[[str], None]) -> Any:
         captions = [caption(scene, rng) for scene in scenes]
         true = torch.tensor([[told.true_of(scene) for told in captions] for scene in scenes])
         pixels = clip.pixels(pictures(scenes, "flat"))
-        with torch.autocast("cpu", torch.bfloat16):
+        # inside the caller's autocast, a cache would keep the weights of the first step
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             seen = model.get_image_features(pixel_values=pixels).pooler_output
             told = model.get_text_features(input_ids=clip.ids([told.text for told in captions], "{}")).pooler_output
         tau = 1 / model.logit_scale.exp().clamp(max=100)

@@ -2,11 +2,13 @@
 
 A video is 10 to 20 clips of one second, each an event (verb and object) in a manner (postfix, or none), drawn from the
 Markov script of its place (``events_scripts``). A clip narrates itself as ``verb the object[ postfix]``, or at length.
-Splits differ in their random streams, so no video is in two of them; held-out places have their own events.
+Splits differ in their random streams, so no video is in two of them; held-out places have their own events. Mixed
+videos have no script: anything known is done with anything known, in any of the known places.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +29,7 @@ SPLITS = ("train", "validation", "test")
 LENGTHS = ("short", "long")
 SCENES = tuple(name for name, place in PLACES.items() if not place.held_out)
 HELD_OUT_SCENES = tuple(name for name, place in PLACES.items() if place.held_out)
+MIXED = 8  # events of a mixed video
 QUESTIONS = {
     "current": "What is the action in the video?",
     "next": "What is the next action in the video?",
@@ -120,11 +123,18 @@ class EventVideo:
 
 
 def event_videos(
-    split: str, count: int, *, seed: int = 0, scenes: Sequence[str] | None = None, style: str = "flat"
+    split: str,
+    count: int,
+    *,
+    seed: int = 0,
+    scenes: Sequence[str] | None = None,
+    style: str = "flat",
+    mixed: bool = False,
 ) -> list[EventVideo]:
     """``count`` videos, the places taking turns (None: all of SCENES); the same for the same arguments, always.
 
-    Raises OptionError for an unknown split, place or style, or a count below 1.
+    With ``mixed`` each has a ring of its own of events from :func:`mixed_events`. Raises OptionError for an unknown
+    split, place or style, or a count below 1.
     """
     if split not in SPLITS:
         raise OptionError("event_videos: split", must="exist", got=repr(split), do=did_you_mean(split, SPLITS))
@@ -132,19 +142,28 @@ def event_videos(
         raise OptionError("event_videos: count", must="be at least 1", got=count, do="ask for one video or more")
     check_style(style)
     names = _known(scenes)
-    return [_video(f"{split}-{seed}-{index}", names[index % len(names)], style) for index in range(count)]
+    head = f"{split}-mixed-{seed}" if mixed else f"{split}-{seed}"
+    return [_video(f"{head}-{index}", names[index % len(names)], style, mixed) for index in range(count)]
 
 
-def narrations(scenes: Sequence[str] | None = None, length: str = "short") -> list[str]:
-    """Every narration that can occur in the places (None: all of SCENES), without doubles, in a fixed order."""
-    return list(
-        dict.fromkeys(
-            _words(verb, thing, postfix, length)
-            for scene in _known(scenes)
-            for verb, thing in PLACES[scene].events
-            for postfix in POSTFIXES
-        )
-    )
+@functools.cache
+def mixed_events() -> tuple[tuple[str, str], ...]:
+    """Every verb with every object of the places that are not held out by words, but for events of held-out places."""
+    known = [event for place in PLACES.values() if place.held_out != "words" for event in place.events]
+    held_out = {event for name in HELD_OUT_SCENES for event in PLACES[name].events}
+    verbs, objects = (dict.fromkeys(event[part] for event in known) for part in (0, 1))
+    return tuple(event for event in itertools.product(verbs, objects) if event not in held_out)
+
+
+def narrations(scenes: Sequence[str] | None = None, length: str = "short", *, mixed: bool = False) -> list[str]:
+    """Every narration that can occur in the places (None: all of SCENES), without doubles, in a fixed order.
+
+    With ``mixed`` those of mixed videos come after them.
+    """
+    events = [event for scene in _known(scenes) for event in PLACES[scene].events]
+    events += mixed_events() if mixed else ()
+    told = (_words(verb, thing, postfix, length) for verb, thing in events for postfix in POSTFIXES)
+    return list(dict.fromkeys(told))
 
 
 def sample_video(
@@ -180,9 +199,9 @@ def _chained(
     return itertools.islice(itertools.chain.from_iterable(video.frames(fps, size) for video in videos), count)
 
 
-def _video(name: str, scene: str, style: str) -> EventVideo:
+def _video(name: str, scene: str, style: str, mixed: bool) -> EventVideo:
     rng = random.Random(f"{name}|{scene}")
-    events = PLACES[scene].events
+    events = rng.sample(mixed_events(), MIXED) if mixed else PLACES[scene].events
     at, postfix, clips = rng.randrange(len(events)), rng.choice(POSTFIXES), []
     for second in range(rng.randint(10, 20)):
         verb, thing = events[at]

@@ -8,6 +8,7 @@ stays with probability ``KEEP``, else it is drawn anew.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from gossamer.hub.worlds.backdrops import Layer
 from gossamer.hub.worlds.shapes import Part, arc, polygon, rectangle
@@ -31,11 +32,15 @@ class Verb:
 
 @dataclass(frozen=True)
 class Place:
-    """A scene: its backdrop, its ring of events (verb, object), and whether the sample vocabulary leaves it out."""
+    """A scene: its backdrop, its ring of events (verb, object), and what of it training never shows.
+
+    Of a place that is held out by "pairs", verbs and objects occur elsewhere, but no two of them together; of one held
+    out by "words" they occur nowhere. Neither place is seen itself.
+    """
 
     layers: tuple[Layer, ...]
     events: tuple[tuple[str, str], ...]
-    held_out: bool = False
+    held_out: Literal["", "pairs", "words"] = ""
 
 
 VERBS: dict[str, Verb] = {
@@ -193,7 +198,7 @@ PLACES: dict[str, Place] = {
         ),
     ),
     "garage": Place(
-        held_out=True,
+        held_out="pairs",
         layers=(
             _box(226, 120, 84, 0, 0, 1, 1), *(_box(200, 98, 66, 0, 0.09 * step, 1,
                 0.09 * step + 0.012) for step in range(8)),
@@ -208,7 +213,7 @@ PLACES: dict[str, Place] = {
         ),
     ),
     "pottery": Place(
-        held_out=True,
+        held_out="words",
         layers=(
             _box(60, 52, 84, 0, 0, 1, 1), _box(92, 80, 120, 0, 0.22, 1, 0.26), _box(92, 80, 120, 0, 0.46, 1, 0.5),
             *(_disc(180, 120, 90, 0.1 + 0.2 * step, 0.16, 0.06) for step in range(5)), *(_disc(90, 150, 150,
