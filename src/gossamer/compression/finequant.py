@@ -85,7 +85,7 @@ class FineQuantConfig(Config):
     max_group: int = option(0, "largest group; 0 is a whole output channel", ge=0)
     target_bpw: float | None = option(None, "average bits per weight, scales included; replaces alpha", gt=2, le=9)
     skip: tuple[str, ...] = option(
-        ("lm_head", "embed", "router", "shared_expert_gate"), "parts of names of modules that stay float"
+        ("lm_head", "embed", "wte", "router", "shared_expert_gate"), "parts of names of modules that stay float"
     )
     dtype: str = option(
         "auto", "dtype of the scales; auto: the model's, if it has 16 bits", choices=("auto", "bfloat16", "float16")

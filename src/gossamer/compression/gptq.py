@@ -9,7 +9,8 @@ on the grid of :mod:`gossamer.parts.quantiser`; a group's scale is taken when it
 weights as they are then. Blocks of the model follow one another, the Hessians of each on inputs that passed the
 rounded blocks before it (``sequential``); the layers inside of one block see its inputs unrounded. Columns of inputs
 that are always 0 become 0. Where plain rounding has the smaller error on the calibration inputs, it is taken; stacks of
-expert matrices, whose inputs are not those of a linear layer, are rounded.
+expert matrices and embeddings without a head, whose inputs are not those of a linear layer, are rounded. A head that is
+tied to the embedding comes first, so that the blocks make up for what the embedding lost.
 
 :meth:`GPTQ.pack` takes bits and groups for each matrix, from whatever planned them.
 """
@@ -41,7 +42,7 @@ CARD = Card(
     removes=("float_weights",),
     registers=("quantizer:gossamer",),
     families=("llama", "gemma3", "gpt2"),
-    limits="columns are taken in their order, not by size of their inputs; embeddings, norms, routers, head stay float",
+    limits="columns are taken in their order, not by size of their inputs; norms and routers stay float",
     builtin=True,
 )
 _BLOCK = 128  # columns whose errors are carried on together
@@ -54,7 +55,7 @@ class GPTQConfig(Config):
     damp: float = option(0.01, "added to the diagonal of the Hessian, in means of it", gt=0)
     sequential: bool = option(True, "inputs pass the rounded blocks before; off: all as the float model has them")
     skip: tuple[str, ...] = option(
-        ("lm_head", "embed", "router", "shared_expert_gate"), "parts of names of modules that stay float"
+        ("lm_head", "embed", "wte", "router", "shared_expert_gate"), "parts of names of modules that stay float"
     )
     dtype: str = option(
         "auto", "dtype of the scales; auto: the model's, if it has 16 bits", choices=("auto", "bfloat16", "float16")
@@ -94,8 +95,9 @@ class GPTQ(Compression):
             name: Choice(matrix, packings[name], (notes or {}).get(name, "")) for name, matrix in matrices.items()
         }
         rounded = 0
-        linear = [name for name, matrix in matrices.items() if matrix.weight.ndim == 2]
-        for name, statistics in self._statistics(model, batches, linear):
+        linear = {matrix.linear: name for name, matrix in matrices.items() if matrix.linear}
+        for place, statistics in self._statistics(model, batches, list(linear)):
+            name = linear[place]
             matrix, original = matrices[name], matrices[name].weight.detach().clone()
             parts, better = compensated(original, statistics.hessian, packings[name], dtype, self.config.damp)
             rounded += not better
@@ -105,8 +107,10 @@ class GPTQ(Compression):
         return pack_model(model, list(choices.values()), left, self.config.dtype, {"plainly_rounded": rounded})
 
     def _statistics(self, model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> Any:
-        """(name, statistics) of each layer: block after block, then what stands outside of blocks."""
+        """(name, statistics) of each layer: what stands outside of blocks, then block after block."""
         stack = _stack(names) if self.config.sequential else ""
+        rest = [name for name in names if not stack or not name.startswith(stack + ".")]
+        yield from collect(model, batches, rest) if rest else ()
         if stack:
             paths = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
             # blocks without a layer to round are passed too
@@ -114,8 +118,6 @@ class GPTQ(Compression):
             for step in block_by_block(model, batches, [model.get_submodule(path) for path in paths], inside):
                 for name, statistics in step.statistics.items():
                     yield f"{paths[step.index]}.{name}", statistics
-        rest = [name for name in names if not stack or not name.startswith(stack + ".")]
-        yield from collect(model, batches, rest) if rest else ()
 
 
 def compensated(

@@ -36,7 +36,7 @@ class RoundingConfig(Config):
     group: int = option(0, "weights that share a scale; 0 is an output channel, -1 the whole matrix", ge=-1)
     symmetric: bool = option(True, "a grid around zero, without minima to store")
     skip: tuple[str, ...] = option(
-        ("lm_head", "embed", "router", "shared_expert_gate"), "parts of names of modules that stay float"
+        ("lm_head", "embed", "wte", "router", "shared_expert_gate"), "parts of names of modules that stay float"
     )
     dtype: str = option(
         "auto", "dtype of the scales; auto: the model's, if it has 16 bits", choices=("auto", "bfloat16", "float16")

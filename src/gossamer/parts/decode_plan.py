@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gossamer.core.errors import InputError
-from gossamer.parts.quant_linear import QuantLinear
+from gossamer.parts.quant_linear import QuantEmbedding, QuantLinear, TiedQuantLinear
 
 _LOOKING = "transformers.utils.output_capturing"
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
@@ -292,7 +292,7 @@ def _layer_norm(module: Any) -> Norm:
 
 def _matrix(name: str, *modules: Any) -> Matrix:
     for module in modules:
-        if type(module) not in (nn.Linear, Conv1D, QuantLinear):
+        if type(module) not in (nn.Linear, Conv1D, QuantLinear, TiedQuantLinear):
             _refuse(name, "be a linear layer, Conv1D or packed layer", type(module).__name__)
     return Matrix(modules)
 
@@ -303,6 +303,8 @@ def _outputs(module: Any) -> int:
 
 
 def _tied_scale(embedding: Any, head: Any) -> float | None:
+    if isinstance(embedding, QuantEmbedding) and isinstance(head, TiedQuantLinear):
+        return embedding.scale
     known = type(embedding) is nn.Embedding or type(embedding).__name__ == "Gemma3TextScaledWordEmbedding"
     if not known or getattr(head, "weight", None) is not embedding.weight:
         return None

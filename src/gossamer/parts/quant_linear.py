@@ -1,4 +1,4 @@
-"""Modules whose weights are stored as packed integers: a linear layer and a stack of expert matrices.
+"""Modules whose weights are stored as packed integers: linear layers, stacks of expert matrices, embeddings.
 
 :class:`QuantLinear` computes ``y = x W_hat^T + b``. On the CPU, with bfloat16 activations and no gradient asked of the
 input, torch's int4 and int8 kernels do it; everywhere else (float32, training through the layer, odd shapes, other
@@ -202,6 +202,75 @@ class QuantExperts(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         raise InputError("QuantExperts", must="be indexed by the expert", do="use the eager experts implementation")
+
+
+class QuantEmbedding(PackedWeight):
+    """Rows of a packed weight ``[vocabulary, d]``, restored as they are looked up, times ``scale``."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        bits: int,
+        group: int,
+        *,
+        scale: float = 1.0,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(shape, bits, group, symmetric=symmetric, scale_dtype=scale_dtype)
+        self.scale, self.dtype = scale, dtype  # of the rows: the model's
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., d]"""
+        codes = unpack(self.qweight[ids], self.bits, self.shape[-1], symmetric=self.symmetric)
+        whole = self.group == PER_TENSOR
+        scales = self.scales.expand(*ids.shape, 1) if whole else self.scales[ids]
+        minima = None if self.minima is None else self.minima.expand(*ids.shape, 1) if whole else self.minima[ids]
+        # transformers multiplies in the model's dtype too
+        return restore(codes, scales, minima, self.dtype) * torch.tensor(self.scale, dtype=self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+class TiedQuantLinear(QuantLinear):
+    """The output matrix of a model whose embedding holds the very same rows: it owns and saves nothing."""
+
+    logical_weight_count = 0
+
+    def __init__(self, source: QuantEmbedding) -> None:
+        out, columns = source.shape
+        with torch.device("meta"):
+            super().__init__(
+                columns, out, source.bits, source.group, symmetric=source.symmetric, scale_dtype=source.scales.dtype
+            )
+        self._source = [source]  # in a list, so that it is no child
+        self.share()
+
+    def share(self) -> None:
+        """Hold what the embedding holds now."""
+        source = self._source[0]
+        self._int4 = None
+        self.qweight, self.scales, self.minima = source.qweight, source.scales, source.minima
+
+    def unlay(self) -> None:
+        if self._int4 is not None:
+            self.share()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # the embedding is moved by itself, before or after
+        super()._apply(fn, recurse)
+        if self._source[0].qweight.device == self.qweight.device:
+            self.share()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def register_with_lora(config: Any) -> Any:
