@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 
+from gossamer.compression.gptq import GPTQ
+from gossamer.compression.rounding import Rounding
 from gossamer.parts.decode_runner import Runner
 from gossamer.parts.measure import parameters
 from gossamer.parts.quant_format import find_matrices
 from gossamer.parts.quant_linear import QuantEmbedding, TiedQuantLinear
 from gossamer.parts.quantiser import dequantise, quantise
-from gossamer.compression.gptq import GPTQ
-from gossamer.compression.rounding import Rounding
 from gossamer.testing.bench import Bench, output
 
 EVERYTHING: tuple[str, ...] = ()

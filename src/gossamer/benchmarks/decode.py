@@ -3,16 +3,20 @@
 All arms hold the same base weights: the packaged checkpoint, which was unpacked from a Q4_K_M file. So that this
 favours no one, llama.cpp's files are made from those weights written out in float32, not taken as they were packed.
 
+The runner's integer arms are saved checkpoints, as ``gossamer compress`` writes them: embedding and head packed too.
+
 Arms take turns in one process on two threads, in reversed order every other round: greedy tokens after three prompts
 (code, prose, a question), end of text ignored; and a prefill of 512 tokens. Tokens/s are those after the first. Then
-each arm's perplexity on the same held-out text and its bytes: the file, or all matrices, scales and embedding included.
+each arm's perplexity on the same held-out text and its bytes: the file's, or of the parameters of a float model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+import json
 import math
 import statistics
 import time
@@ -23,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.core.paths import atomic_file, cache_dir
+from gossamer.core.paths import atomic_dir, atomic_file, cache_dir
 
 MODEL, THREADS, WINDOW, PREFILL = "gemma-3-270m", 2, 512, 512
 PROMPTS = {
@@ -31,11 +35,11 @@ PROMPTS = {
     "prose": "The old lighthouse at the end of the bay had not been lit for many years, and",
     "question": "Question: Why does ice float on water?\nAnswer:",
 }
-RUNNER_ARMS: dict[str, dict[str, Any]] = {
-    "runner_bf16": {"weights": "bfloat16"},
-    "quality_arm": {"weights": "int8"},
-    "small_arm": {"weights": "int4"},
+PACKED_ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quality_arm": ("rounding", {"bits": 8, "group": 32, "skip": ()}),
+    "small_arm": ("gptq", {"bits": 4, "group": 32, "skip": ()}),
 }
+CALIBRATION = {"english_prose": 96, "python_source": 32}  # windows of text
 LLAMA_ARMS = {"llama_cpp_q4_k_m": (15, False), "llama_cpp_q4_0": (2, False), "llama_cpp_q4_0_pure": (2, True)}
 
 
@@ -61,7 +65,7 @@ def run(quick: bool, log: Callable[[str], None]) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     try:
         model, tokenizer = load_model(MODEL, dtype="bfloat16", task="causal-lm")
-        arms = _arms(model, log)
+        arms = _arms(model, tokenizer, log)
         ids = {name: tokenizer(text)["input_ids"] for name, text in PROMPTS.items()}
         windows = _windows(tokenizer, 1 if quick else 24)
         _take_turns(arms, list(ids.values()), windows[0], *((1, 8) if quick else (5, 64)))
@@ -94,12 +98,15 @@ def run(quick: bool, log: Callable[[str], None]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _arms(model: Any, log: Callable[[str], None]) -> dict[str, Arm]:
+def _arms(model: Any, tokenizer: Any, log: Callable[[str], None]) -> dict[str, Arm]:
     from gossamer.parts.decode_runner import Runner
 
     arms = {"transformers_bf16": _transformers_arm(model)}
-    for name, options in RUNNER_ARMS.items():
-        arms[name] = _runner_arm(Runner(model, max_length=1024, **options))
+    arms["runner_bf16"] = _runner_arm(Runner(model, max_length=1024, weights="bfloat16"), _parameter_bytes(model))
+    for name, (system, options) in PACKED_ARMS.items():
+        folder = packed_model(tokenizer, system, options, log)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        arms[name] = _runner_arm(Runner(_read(folder), max_length=1024), size)
     if importlib.util.find_spec("llama_cpp") is None:
         log("llama-cpp-python is not installed: pip install 'gossamer[bench]' for its arms")
         return arms
@@ -162,14 +169,53 @@ def _targets(arms: dict[str, Arm], ratios: dict[str, float], weights: int) -> li
     ]
 
 
-def _runner_arm(runner: Any) -> Arm:
+def packed_model(tokenizer: Any, system: str, options: dict[str, Any], log: Callable[[str], None]) -> Path:
+    """The base model after a compressor, calibrated on training text where it asks for that, saved in the cache."""
+    import gossamer
+    from gossamer.hub.models import load_model
+
+    key = hashlib.sha256(json.dumps([CALIBRATION, options], sort_keys=True).encode()).hexdigest()[:12]
+    final = cache_dir("bench", MODEL) / f"{system}-{key}"
+    if not final.exists():
+        log(f"{system} {options} of {MODEL}, once")
+        model, _ = load_model(MODEL, dtype="bfloat16", task="causal-lm")
+        compressor = gossamer.system(system, **options)
+        data = calibration_windows(tokenizer) if compressor.calibrates else None
+        with atomic_dir(final) as folder:
+            compressor.compress(model, data).model.save_pretrained(folder)
+    return final
+
+
+def calibration_windows(tokenizer: Any) -> list[dict[str, Tensor]]:
+    """Windows of 512 tokens of each of CALIBRATION's training splits, as batches of one."""
+    batches = []
+    for name, count in CALIBRATION.items():
+        for ids in _windows(tokenizer, count, name, "train"):
+            batches.append({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()})
+    return batches
+
+
+def _read(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from gossamer.core import hook
+
+    hook.install()
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def _parameter_bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _runner_arm(runner: Any, size: int) -> Arm:
     def decode(ids: list[int], count: int) -> list[float]:
         return [time.perf_counter() for _ in runner.stream(ids, max_new_tokens=count)]
 
     def nll(windows: list[list[int]]) -> float:
         return _mean_nll(lambda ids: runner.verify(runner.open(), ids).logits, windows)
 
-    return Arm(decode, lambda ids: runner.prefill(runner.open(), ids), nll, runner.nbytes)
+    return Arm(decode, lambda ids: runner.prefill(runner.open(), ids), nll, size)
 
 
 def _transformers_arm(model: Any) -> Arm:
@@ -197,8 +243,8 @@ def _transformers_arm(model: Any) -> Arm:
         found: Tensor = model(input_ids=torch.tensor([ids]), logits_to_keep=keep).logits[0]
         return found
 
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    return Arm(decode, functools.partial(logits, 1), functools.partial(_mean_nll, functools.partial(logits, 0)), size)
+    nll = functools.partial(_mean_nll, functools.partial(logits, 0))
+    return Arm(decode, functools.partial(logits, 1), nll, _parameter_bytes(model))
 
 
 def _llama_arm(path: Path) -> Arm:
@@ -275,11 +321,12 @@ def _mean_nll(logits: Callable[[list[int]], Tensor], windows: Sequence[list[int]
     return total / count
 
 
-def _windows(tokenizer: Any, count: int) -> list[list[int]]:
-    """Held-out text in windows of 512 tokens, each after the bos token: the standard library's documentation."""
+def _windows(tokenizer: Any, count: int, corpus: str = "english_prose", split: str = "test") -> list[list[int]]:
+    """Text in windows of 512 tokens, each after the bos token; that to be scored is the standard library's manual."""
     from gossamer.hub.corpora import load_corpus
 
-    text = "\n\n".join(row["text"] for row in load_corpus("english_prose", split="test").rows[: 60 * count])
+    rows = load_corpus(corpus, split=split, limit=60 * count if split == "train" else None).rows
+    text = "\n\n".join(row["text"] for row in rows[: 60 * count])
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     size = WINDOW - 1
     return [[tokenizer.bos_token_id, *ids[at : at + size]] for at in range(0, len(ids) - size, size)][:count]

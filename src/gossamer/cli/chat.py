@@ -11,13 +11,14 @@ def command(
     temperature: float = typer.Option(0.7, "--temperature", help="0 is greedy."),
     seed: int = typer.Option(0, "--seed", help="For sampling."),
 ) -> None:
-    from gossamer.cli._models import load_any, stream
+    from gossamer.cli._models import Writer, load_any
     from gossamer.parts.data import render
 
     loaded, tokenizer = load_any(model)
+    writer = Writer(loaded, tokenizer)
     messages: list[dict[str, str]] = []
     while text := typer.prompt("you", default="", show_default=False).strip():
         messages.append({"role": "user", "content": text})
         prompt = render(messages, tokenizer, add_generation_prompt=True)
-        answer = stream(loaded, tokenizer, prompt, new_tokens, temperature, seed)
+        answer = writer.write(prompt, new_tokens, temperature, seed)
         messages.append({"role": "assistant", "content": answer.strip()})

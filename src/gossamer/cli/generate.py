@@ -14,8 +14,7 @@ def command(
 ) -> None:
     import sys
 
-    from gossamer.cli._models import load_any, stream
+    from gossamer.cli._models import Writer, load_any
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded, tokenizer = load_any(model)
-    stream(loaded, tokenizer, text, new_tokens, temperature, seed)
+    Writer(*load_any(model)).write(text, new_tokens, temperature, seed)

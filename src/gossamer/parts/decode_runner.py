@@ -42,6 +42,7 @@ from gossamer.parts.decode_weights import (
     float_weight,
     integer_form,
 )
+from gossamer.parts.requests import Choice
 
 NATIVE = ("auto", "never", "require", "reference")
 BLOCK = 512  # prompt tokens that are run at a time
@@ -168,14 +169,20 @@ class Runner:
         return self.run([Chunk(state, tokens, tree, "all")], hidden)[0]
 
     def stream(
-        self, ids: Sequence[int] | Tensor, *, max_new_tokens: int, eos: int | Iterable[int] = ()
+        self,
+        ids: Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int,
+        eos: int | Iterable[int] = (),
+        choice: Choice | None = None,
     ) -> Iterator[int]:
-        """Greedy tokens one by one; an end token is the last one given."""
-        ends = {eos} if isinstance(eos, int) else set(eos)
-        state = self.open()
-        logits = self.prefill(state, ids)
+        """Tokens one by one, greedy without a ``choice``; an end token is the last one given."""
+        ends, choice = {eos} if isinstance(eos, int) else set(eos), choice or Choice()
+        state, text = self.open(), _tokens(ids)
+        logits = self.prefill(state, text)
         for count in range(1, max_new_tokens + 1):
-            token = int(logits.argmax())
+            token = choice.pick(text, logits)
+            text.append(token)
             yield token
             if token in ends or count == max_new_tokens:
                 return
