@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gossamer.core.bundle import Bundle
 
 
-def load_any(where: str) -> tuple[Any, Any]:
-    """A model by name, folder or hub id, or the result in the folder of a run."""
+def load_any(where: str) -> Bundle:
+    """A model by name, folder or hub id, or the result in the folder of a run with its fitted parts."""
     import gossamer
+    from gossamer.core.bundle import Bundle
     from gossamer.pipeline.stage import load_bundle
 
     for folder in (Path(where) / "result", Path(where)):
         if (folder / "bundle.json").exists():
             bundle = load_bundle(folder)
-            return bundle.model.eval(), bundle.processor
-    return gossamer.load(where)
+            bundle.model.eval()
+            return bundle
+    return Bundle(*gossamer.load(where))
 
 
 class Writer:
-    """A model on the decoding runner, as the verbs that talk to one use it."""
+    """A model on the decoding runner, with the decoding system among its bundle's parts where there is one."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        from gossamer.parts.decode_runner import Runner
+    def __init__(self, bundle: Bundle) -> None:
+        from gossamer.kinds.decoding import Decoding
         from gossamer.parts.generation import end_ids
 
-        self.runner, self.tokenizer, self.settings = Runner(model), tokenizer, model.generation_config
-        self.ends = end_ids(model, tokenizer)
+        self.model, self.tokenizer = bundle.model, bundle.processor
+        self.ends = frozenset(end_ids(self.model, self.tokenizer))
+        self.decoder = next((part for part in bundle.parts.values() if isinstance(part, Decoding)), None)
 
     def write(self, text: str, new_tokens: int, temperature: float, seed: int) -> str:
         """Print the continuation as it comes and return it. Sampling keeps the checkpoint's own top_k and top_p."""
@@ -34,14 +42,29 @@ class Writer:
         from transformers import TextStreamer
 
         printer, made = TextStreamer(self.tokenizer, skip_special_tokens=True), list[int]()
-        ids = self.tokenizer(text)["input_ids"]
-        for token in self.runner.stream(
-            ids, max_new_tokens=new_tokens, eos=self.ends, choice=self._choice(temperature, seed)
-        ):
+        for token in self._tokens(self.tokenizer(text)["input_ids"], new_tokens, self._choice(temperature, seed)):
             made.append(token)
             printer.put(torch.tensor([token]))
         printer.end()
         return str(self.tokenizer.decode(made, skip_special_tokens=True))
+
+    @functools.cached_property
+    def runner(self) -> Any:
+        from gossamer.parts.decode_runner import Runner
+
+        return Runner(self.model)
+
+    def _tokens(self, ids: list[int], count: int, choice: Any) -> Iterator[int]:
+        if self.decoder is None:
+            yield from self.runner.stream(ids, max_new_tokens=count, eos=self.ends, choice=choice)
+            return
+        state = self.decoder.open(self.model, ids, self.tokenizer)
+        state.choice, state.room, state.ends = choice, count, self.ends
+        while state.room:
+            for token in self.decoder.step(self.model, [state])[0]:
+                yield token
+                if token in self.ends:
+                    return
 
     def _choice(self, temperature: float, seed: int) -> Any:
         import torch
@@ -51,8 +74,8 @@ class Writer:
 
         if temperature <= 0:
             return Choice()
-        top_k, top_p = self.settings.top_k, self.settings.top_p
+        settings = self.model.generation_config
         processors: list[Any] = [TemperatureLogitsWarper(temperature)]
-        processors += [TopKLogitsWarper(top_k)] if top_k else []
-        processors += [TopPLogitsWarper(top_p)] if top_p is not None and top_p < 1 else []
+        processors += [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
+        processors += [TopPLogitsWarper(settings.top_p)] if (settings.top_p or 1) < 1 else []
         return Choice(processors, True, torch.Generator().manual_seed(seed))

@@ -14,11 +14,13 @@ def command(
     from gossamer.cli._models import Writer, load_any
     from gossamer.parts.data import render
 
-    loaded, tokenizer = load_any(model)
-    writer = Writer(loaded, tokenizer)
+    writer = Writer(load_any(model))
     messages: list[dict[str, str]] = []
     while text := typer.prompt("you", default="", show_default=False).strip():
         messages.append({"role": "user", "content": text})
-        prompt = render(messages, tokenizer, add_generation_prompt=True)
+        # the tokenizer puts its own bos first
+        prompt = render(messages, writer.tokenizer, add_generation_prompt=True).removeprefix(
+            writer.tokenizer.bos_token or ""
+        )
         answer = writer.write(prompt, new_tokens, temperature, seed)
         messages.append({"role": "assistant", "content": answer.strip()})

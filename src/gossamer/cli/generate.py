@@ -17,4 +17,4 @@ def command(
     from gossamer.cli._models import Writer, load_any
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    Writer(*load_any(model)).write(text, new_tokens, temperature, seed)
+    Writer(load_any(model)).write(text, new_tokens, temperature, seed)
