@@ -111,7 +111,7 @@ def parameters(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def peak_memory(model_path: str | Path, *, prompt: str, new_tokens: int = 32, timeout: float = 1800) -> MemoryReport:
-    """Load the folder in a fresh process by ``AutoModelForCausalLM.from_pretrained`` and generate greedily.
+    """Load the folder in a fresh process by ``AutoModelForCausalLM.from_pretrained`` and generate greedily on the runner.
 
     The process has this one's environment and import path, and as many threads. Resident bytes hold the pages of a
     mapped weight file that were touched. Raises GossamerError with the process's last words where it fails.
@@ -154,6 +154,19 @@ def token_timer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     return run
 
 
+def runner_timer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> TokenTimer:
+    """As :func:`token_timer`, on the decoding runner; end of text is an ordinary token here."""
+    from gossamer.parts.decode_runner import Runner
+
+    runner, ids = Runner(model), tokenizer(prompt)["input_ids"]
+
+    def run(new_tokens: int) -> list[float]:
+        start = time.perf_counter()
+        return [time.perf_counter() - start for _ in runner.stream(ids, max_new_tokens=new_tokens)]
+
+    return run
+
+
 def decode_speed(
     arms: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase] | TokenTimer],
     prompt: str,
@@ -163,7 +176,7 @@ def decode_speed(
     """Greedy decoding at batch 1 of a fixed number of new tokens, end-of-text suppressed.
 
     One warm-up each, then ``rounds`` in which the arms take turns in this process, in reversed order every other
-    round. An arm is (model, tokenizer), or a function like :func:`token_timer`'s.
+    round. An arm is (model, tokenizer), run by transformers, or a function like :func:`runner_timer`'s.
     """
     if new_tokens < 2 or rounds < 1:
         got = f"{new_tokens} tokens and {rounds} rounds"
@@ -275,7 +288,9 @@ def _memory_child() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["path"])
     model = AutoModelForCausalLM.from_pretrained(job["path"])
     loaded = psutil.Process().memory_info().rss
-    made = len(token_timer(model, tokenizer, job["prompt"])(job["new_tokens"]))
+    run = runner_timer(model, tokenizer, job["prompt"])
+    del model  # the runner holds what it needs
+    made = len(run(job["new_tokens"]))
     peak = _peak_rss()
     print(json.dumps(MemoryReport(baseline, loaded, peak, peak - baseline, made).__dict__))
 

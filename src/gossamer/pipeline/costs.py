@@ -66,10 +66,11 @@ def _sizes(folder: Path, model: Any) -> dict[str, Any]:
 
 
 def _speeds(models: dict[str, tuple[Any, Any]], job: Job, config: Any) -> dict[str, dict[str, Any]]:
-    from gossamer.parts.measure import decode_speed
+    from gossamer.parts.measure import decode_speed, runner_timer
 
     job.reporter.task("decoding speed")(0, 1)
-    found = decode_speed(models, _prompt(job), new_tokens=config.new_tokens + 8, rounds=config.rounds)
+    arms = {name: runner_timer(*loaded, _prompt(job)) for name, loaded in models.items()}
+    found = decode_speed(arms, "", new_tokens=config.new_tokens + 8, rounds=config.rounds)
     job.reporter.task("decoding speed")(1, 1)
     return {
         name: {

@@ -58,9 +58,9 @@ def _compress(system: Any, bundle: Bundle, job: Job) -> Taken:
     elif not found.kl <= _BROKEN:
         raise GossamerError(
             system.name,
-            must=f"leave a model within {_BROKEN:g} nats of the float one (mean KL per token)",
+            must=f"leave a model within {_BROKEN:g} nats of the one before (mean KL per token)",
             got=f"{found.kl:.3g} (same first choice {found.agreement:.1%})",
-            do="give it more bits or smaller groups",
+            do="compress less: more bits, smaller groups, a smaller share or speed-up",
         )
     return bundle, {**compressed.report.values, "round_trip": found.as_dict()}
 
