@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from gossamer.core.bundle import Bundle
+from gossamer.decoding.clover import Clover
 from gossamer.decoding.medusa import Medusa
+from gossamer.parts.decode_native import NativeLinear
 from gossamer.parts.decode_runner import Runner
 from gossamer.parts.draft_layer import Memory
 from gossamer.parts.drafter_training import Batch, Reading, Targets, capture, frequent
@@ -106,3 +109,22 @@ def test_a_memory_forgets_drafts_and_a_fork_is_its_own() -> None:
     assert twin.entries()[0].equal(torch.cat((rows[:3], rows[50:52])))
     memory.crop(2)
     assert memory.entries()[1].equal(rows[:2])
+
+
+def test_beside_integers_drafters_run_on_the_kernels_and_the_text_stays() -> None:
+    bench = Bench("llama")
+    model, tokenizer = bench.model(), bench.tokenizer()
+    system = Clover(heads=2, layers=1, steps=2, batch_size=2, length=16, draft_vocab=64, switch_off=False)
+    runner = system.bind(model, weights="int8").runner
+    if not runner.native:
+        pytest.skip("no compiler here")
+    system.fit(Bundle(model, tokenizer), bench.rows(("text",)))
+    assert any(isinstance(part, NativeLinear) for part in system.module.modules())
+    assert not any(isinstance(part, torch.nn.Linear) for part in system.module.modules())
+    ids = tokenizer("The quick brown fox")["input_ids"]
+    state = system.open(model, ids)
+    state.room = 12
+    while state.room:
+        system.step(model, [state])
+    assert state.record.guesses
+    assert state.tokens == runner.generate(ids, max_new_tokens=12)

@@ -2,7 +2,8 @@
 
 A subclass says what its module is (:meth:`FittedDrafter.build`), how it learns (:meth:`FittedDrafter.loss`) and what it
 guesses from (:meth:`FittedDrafter.source`); trees, training, verification, saving and the refusal of another base are
-here. Its config has ``steps``, ``batch_size``, ``rate``, ``length``, ``draft_vocab`` and ``labels``.
+here. Beside a model on the compiled kernels, its linear layers and the output matrix are of 8 bits while it drafts. Its
+config has ``steps``, ``batch_size``, ``rate``, ``length``, ``draft_vocab`` and ``labels``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from gossamer.core.errors import InputError
 from gossamer.kinds.base import FittedSystem, State
 from gossamer.kinds.decoding import DrafterDecoding
+from gossamer.parts.decode_native import use_native_linears
 from gossamer.parts.draft_layer import Memory
 from gossamer.parts.draft_trees import Source
 from gossamer.parts.drafter_training import Batch, Reading, Targets, capture, frequent, train
 from gossamer.parts.fingerprint import fingerprint
 from gossamer.parts.requests import Draft, RequestState
+from gossamer.parts.speculation import Speculator
 
 VOCABULARY = "vocabulary"
 
@@ -147,6 +150,12 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
         self.module = self._seeded(bundle.model)
         self.module.load_state_dict(tensors)
         self.module.eval()
+        self._quicken()
+
+    def bind(self, model: Any, **runner: Any) -> Speculator:
+        bound = super().bind(model, **runner)
+        self._quicken()
+        return bound
 
     def begin(self, model: Any, prompt: Sequence[int], tokenizer: Any) -> DraftState:
         return DraftState(prompt, self.layer_count)
@@ -168,6 +177,13 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
         if self.reading.vocabulary is None and runner is not None and runner.plan is not None:
             return runner.logits(x.to(runner.dtype))
         return self.reading(x)
+
+    def _quicken(self) -> None:
+        """Beside a model on the kernels, draft on them too."""
+        library = None if self._bound is None else self._bound[1].runner.library
+        if self.module is not None and library is not None:
+            use_native_linears(self.module, library)
+            self.reading.quicken(library)
 
     def _seeded(self, model: Any) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

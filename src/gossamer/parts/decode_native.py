@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError, OptionError, did_you_mean
 from gossamer.core.paths import cache_dir
 from gossamer.parts.decode_state import LANES
-from gossamer.parts.decode_weights import GROUP, Codes
+from gossamer.parts.decode_weights import GROUP, Codes, rounded
 
 SOURCE = Path(__file__).with_name("decode_kernels.cpp")
 _COMMON = ("-O3", "-std=c++20", "-fopenmp", "-Wno-psabi")
@@ -91,6 +91,26 @@ class NativeWeight:
         if minima is not None:
             values = values + minima[block, :, lane][..., None]
         return values.flatten(1)[:, : self.inputs]
+
+
+class NativeLinear(nn.Module):
+    """A linear layer of 8 bits for inference, float32 in and out."""
+
+    def __init__(self, layer: nn.Linear, library: Library) -> None:
+        super().__init__()
+        bias = None if layer.bias is None else layer.bias.detach().float()
+        self.form = NativeWeight(rounded(layer.weight.detach().float(), bias, 8), library)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def use_native_linears(module: nn.Module, library: Library) -> None:
+    """Put one of the kernels' in the place of every linear layer of ``module``, which then no longer trains."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear):
+            owner, _, key = name.rpartition(".")
+            setattr(module.get_submodule(owner), key, NativeLinear(layer, library))
 
 
 def load_native(mode: str, path: str | None = None) -> Library | None:

@@ -84,7 +84,7 @@ class Runner:
             self.plan = read_plan(model)
         except NotPlanned as refusal:
             self.reason = str(refusal)
-        self.native = ""
+        self.native, self.library = "", None
         if self.plan is None:
             if weights != "stored":
                 warnings.warn(f"weights={weights!r} is not used: {self.reason}", stacklevel=2)
@@ -94,7 +94,7 @@ class Runner:
         wants_integers = any(
             integer_form(matrix, form) for matrix, form in _matrices(self.plan, weights, head or weights)
         )
-        self._library = load_native(native) if wants_integers and native in ("auto", "require") else None
+        self.library = load_native(native) if wants_integers and native in ("auto", "require") else None
         self._reference = native == "reference"
         matrices: dict[int, Weight] = {}
         for matrix, form in _matrices(self.plan, weights, head or weights):
@@ -104,9 +104,9 @@ class Runner:
         rows, scale = getattr(self._head, "rows", None), self.plan.tied_scale
         if rows is not None and scale is not None:
             self.plan = dataclasses.replace(self.plan, embed=lambda ids: rows(ids) * scale)
-        if self._library is not None and native_fits(self.plan, matrices):
-            self.native = self._library.name
-            self._backend = NativeStep(self.plan, matrices, self.max_length, self._library)
+        if self.library is not None and native_fits(self.plan, matrices):
+            self.native = self.library.name  # which path, where whole steps run on the kernels
+            self._backend = NativeStep(self.plan, matrices, self.max_length, self.library)
         else:
             self._backend = TorchStep(self.plan, matrices, self.max_length, self.dtype, model.device)
 
@@ -209,8 +209,8 @@ class Runner:
         codes = integer_form(matrix, form)
         if codes is None:
             return float_weight(matrix, form, self.dtype)
-        if self._library is not None:
-            return NativeWeight(codes, self._library)
+        if self.library is not None:
+            return NativeWeight(codes, self.library)
         if not self._reference and TorchIntegerWeight.fits(codes):
             return TorchIntegerWeight(codes)
         return IntegerWeight(codes)

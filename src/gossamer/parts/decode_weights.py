@@ -135,7 +135,8 @@ def integer_form(matrix: Matrix, weights: str) -> Codes | None:
         return None
     forms = []
     for part in matrix.parts:
-        form = _from_packed(part) if isinstance(part, QuantLinear) else _rounded(part, 4 if weights == "int4" else 8)
+        bits = 4 if weights == "int4" else 8
+        form = _from_packed(part) if isinstance(part, QuantLinear) else rounded(*_floats(part, torch.float32), bits)
         if form is None:
             return None
         forms.append(form)
@@ -151,6 +152,12 @@ def float_weight(matrix: Matrix, weights: str, dtype: torch.dtype) -> FloatWeigh
     bias = _joined_or_none(list(biases), [part.shape[0] for part in floats])
     # one part is not copied: a tied head may be most of the model
     return FloatWeight(floats[0] if len(floats) == 1 else torch.cat(floats), bias)
+
+
+def rounded(weight: Tensor, bias: Tensor | None, bits: int) -> Codes:
+    """``weight`` [out, in] rounded to nearest; ``bias`` float32 [out]."""
+    form = quantise(_padded(weight), bits, GROUP, dtype=torch.bfloat16)
+    return Codes(form.codes, form.scales, None, bias, bits, weight.shape[1])
 
 
 def quantise_rows(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -190,12 +197,6 @@ def _from_packed(part: QuantLinear) -> Codes | None:
     bias = None if part.bias is None else part.bias.detach().float()
     bits = 4 if part.bits <= 4 else 8
     return Codes(_padded(codes), _spread(scales, out, columns, size), low, bias, bits, columns)
-
-
-def _rounded(part: Any, bits: int) -> Codes:
-    weight, bias = _floats(part, torch.float32)
-    form = quantise(_padded(weight), bits, GROUP, dtype=torch.bfloat16)
-    return Codes(form.codes, form.scales, None, bias, bits, weight.shape[1])
 
 
 def _floats(part: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from gossamer.core.errors import InputError, OptionError
 from gossamer.parts.data import tokenise
 from gossamer.parts.data_tokens import IGNORE, Example
+from gossamer.parts.decode_native import Library, NativeWeight
 from gossamer.parts.decode_plan import NotPlanned, read_plan
 from gossamer.parts.decode_runner import BLOCK, Runner
 from gossamer.parts.decode_state import Chunk, chain
-from gossamer.parts.decode_weights import float_weight
+from gossamer.parts.decode_weights import float_weight, rounded
 
 LABELS = ("text", "base_argmax", "base_soft")
 _MANY = 8  # windows that the runner sees at a time
@@ -73,10 +74,18 @@ class Reading:
         if vocabulary is not None:
             self.columns = torch.full((len(weight),), IGNORE, device=weight.device)
             self.columns[vocabulary] = torch.arange(len(vocabulary), device=weight.device)
+        self._quick: NativeWeight | None = None
+
+    def quicken(self, library: Library) -> None:
+        """Read by the kernels of the runner, in 8 bits, wherever no gradient is asked for."""
+        self._quick = NativeWeight(rounded(self.weight, self.bias, 8), library)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [..., v] from normed states [..., d]."""
-        scores = F.linear(x, self.weight, self.bias)
+        if self._quick is None or torch.is_grad_enabled():
+            scores = F.linear(x, self.weight, self.bias)
+        else:
+            scores = self._quick(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
 
     def rows(self, ids: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def parameters(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def peak_memory(model_path: str | Path, *, prompt: str, new_tokens: int = 32, timeout: float = 1800) -> MemoryReport:
-    """Load the folder in a fresh process by ``AutoModelForCausalLM.from_pretrained`` and generate greedily on the runner.
+    """Load the folder in a fresh process by ``AutoModelForCausalLM.from_pretrained``, generate greedily on the runner.
 
     The process has this one's environment and import path, and as many threads. Resident bytes hold the pages of a
     mapped weight file that were touched. Raises GossamerError with the process's last words where it fails.
