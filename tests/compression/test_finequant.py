@@ -214,7 +214,7 @@ def test_report_says_what_was_done() -> None:
     assert row.error == pytest.approx(relative_error(weight, kept), rel=1e-4)
     assert result.report.values["collapse_per_channel"] == ["model.layers.0.mlp.down_proj"]
     assert sum(result.report.values["groups"].values()) == len(rows) == 14
-    assert set(result.report.values["left_float"]) == {"lm_head"}
+    assert set(result.report.values["left_float"]) == {"lm_head", "model.embed_tokens"}
 
 
 @pytest.mark.parametrize("target", [4.3, 4.45, 4.9, 5.5, 6.25])
@@ -223,6 +223,40 @@ def test_target_is_hit(target: float) -> None:
     assert target * 0.98 <= result.report.values["bits_per_weight"] <= target
     widths = set(result.report.values["widths"])
     assert widths == {4} if target < 4.5 else max(widths) > 4
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_a_target_of_quality_takes_the_fewest_bits_that_reach_it(build: Any) -> None:
+    batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_fill(1, torch.tensor([0]), 0)}]
+    reference = build()
+    with torch.no_grad():
+        plain = reference(**batches[0]).logits[:, 1:].log_softmax(-1)
+    skip = ("lm_head", "wte")
+    coarse = FineQuant(bits=3, alpha=1e9, skip=skip).compress(build()).model
+    with torch.no_grad():
+        found = coarse(**batches[0]).logits[:, 1:].log_softmax(-1)
+    most = float((plain.exp() * (plain - found)).sum(-1).mean())
+    targets, bits = (most / 5, most / 100), {}
+    for target in targets:
+        done = FineQuant(bits=3, target_kl=target, skip=skip).compress(build(), batches)
+        bits[target] = done.report.values["bits_per_weight"]
+        with torch.no_grad():
+            found = done.model(**batches[0]).logits[:, 1:].log_softmax(-1)
+        kl = float((plain.exp() * (plain - found)).sum(-1).mean())
+        assert kl == pytest.approx(done.report.values["kl"], rel=0.02)
+        assert kl <= target * 1.02
+        # the search left the weights alone: the same as asking for these bits
+        same = FineQuant(bits=3, target_bpw=bits[target] + 1e-6, skip=skip).compress(build())
+        assert same.report.values["groups"] == done.report.values["groups"]
+        # what reached the loose target would not do for the tight one
+        assert target == targets[1] or kl > targets[1]
+    assert bits[targets[1]] > bits[targets[0]]
+    with pytest.raises(OptionError, match=r"target_kl: must be at least .*which 8 bits reach"):
+        FineQuant(target_kl=1e-15, skip=skip).compress(build(), batches)
+    with pytest.raises(OptionError, match="without target_bpw"):
+        FineQuant(target_kl=0.1, target_bpw=5).compress(build(), batches)
+    with pytest.raises(InputError, match="hold batches of tokens"):
+        FineQuant(target_kl=0.1).compress(build())
 
 
 def test_more_bits_go_where_the_error_is() -> None:
@@ -268,13 +302,16 @@ def test_lower_alpha_never_coarsens() -> None:
     assert set(sizes[-1]) == {64, 128}
 
 
-def test_a_tied_head_is_left_alone() -> None:
+def test_a_tied_head_is_left_alone_where_either_name_is_skipped() -> None:
     model = llama(tied=True)
     before = model.model.embed_tokens.weight.detach().clone()
-    result = FineQuant(skip=()).compress(model)
+    result = FineQuant(skip=("embed",)).compress(model)
     assert torch.equal(model.model.embed_tokens.weight, before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert result.report.values["left_float"] == {"lm_head": "shared with another module"}
+    assert result.report.values["left_float"] == dict.fromkeys(("lm_head", "model.embed_tokens"), "skipped by 'embed'")
+    whole = FineQuant(skip=()).compress(llama(tied=True)).report
+    assert whole.values["left_float"] == {}
+    assert sum(row.name == "model.embed_tokens" for row in whole.rows) == 1
 
 
 def test_gpt2_is_transposed_before_grouping() -> None:
