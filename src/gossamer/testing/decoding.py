@@ -15,7 +15,7 @@ from gossamer.core.card import Entry
 from gossamer.core.errors import UsageError
 from gossamer.kinds.base import FittedSystem
 from gossamer.kinds.decoding import Choice, DrafterDecoding
-from gossamer.testing.bench import Bench
+from gossamer.testing.bench import VOCABULARY, Bench
 from gossamer.testing.comparison import differs
 from gossamer.testing.running import law
 from gossamer.testing.universal import base_options, build
@@ -113,16 +113,19 @@ def check_requests_join_and_leave(entry: Entry, bench: Bench) -> None:
 
 @law(trait="lossless")
 def check_greedy_tokens_are_the_models_own(entry: Entry, bench: Bench) -> None:
-    """Lossless: exactly the tokens that the model's own greedy search gives."""
+    """Lossless: exactly the tokens of the model's own greedy search, after three texts and 200 random prompts."""
     system, given = _ready(entry, bench)
     model, tokenizer, prompts = given["model"], given["tokenizer"], given["prompts"]
     found = system.generate(model, tokenizer, prompts, max_new_tokens=NEW).tokens
     for row, ids in enumerate(_rows(prompts)):
-        plain = model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=NEW, do_sample=False
-        )
-        own = plain[0, len(ids) :].tolist()
+        own = _own(model, torch.tensor([ids]))[0]
         assert found[row] == own, f"prompt {row} gives {found[row]}, plain greedy decoding {own}"
+    generator = torch.Generator().manual_seed(3)
+    for length in range(3, 11):
+        table = torch.randint(4, VOCABULARY, (25, length), generator=generator)
+        many = system.generate(model, tokenizer, {"input_ids": table}, max_new_tokens=NEW).tokens
+        wrong = [row for row, pair in enumerate(zip(many, _own(model, table), strict=True)) if pair[0] != pair[1]]
+        assert not wrong, f"{len(wrong)} of {len(table)} random prompts of {length} tokens, such as {table[wrong[0]]}"
 
 
 @law(trait="lossless")
@@ -162,6 +165,15 @@ def check_a_drafter_of_another_base_is_refused(entry: Entry, bench: Bench) -> No
         except UsageError:
             return
     raise AssertionError("a state loads for a base that it was not fitted on")
+
+
+def _own(model: Any, ids: Tensor) -> list[list[int]]:
+    """Greedy tokens of transformers after prompts [n, t], up to the end token."""
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    rows = out[:, ids.shape[1] :].tolist()
+    return [row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
 def _ready(entry: Entry, bench: Bench) -> tuple[Any, dict[str, Any]]:
