@@ -8,6 +8,7 @@ The runner's integer arms are saved checkpoints, as ``gossamer compress`` writes
 Arms take turns in one process on two threads, in reversed order every other round: greedy tokens after three prompts
 (code, prose, a question), end of text ignored; and a prefill of 512 tokens. Tokens/s are those after the first. Then
 each arm's perplexity on the same held-out text and its bytes: the file's, or of the parameters of a float model.
+Drafters have a table of their own (:mod:`gossamer.benchmarks._decode_drafters`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.benchmarks import _decode_drafters
 from gossamer.core.paths import atomic_dir, atomic_file, cache_dir
 
 MODEL, THREADS, WINDOW, PREFILL = "gemma-3-270m", 2, 512, 512
@@ -72,9 +74,10 @@ def run(quick: bool, log: Callable[[str], None]) -> dict[str, Any]:
         for name, arm in arms.items():
             arm.perplexity = math.exp(arm.nll(windows))
             log(f"{name}: {statistics.median(arm.decoded):.1f} tokens/s, perplexity {arm.perplexity:.3f}")
+        drafted = _decode_drafters.compare(model, tokenizer, quick, log)
     finally:
         torch.set_num_threads(threads)
-    ratios = _ratios(arms)
+    ratios = _ratios(arms) | {f"{r['drafter']}/{r['base']} {r['text']}": r["ratio"] for r in drafted}
     rows = [
         {
             "arm": name,
@@ -87,8 +90,11 @@ def run(quick: bool, log: Callable[[str], None]) -> dict[str, Any]:
         for name, arm in arms.items()
     ]
     return {
-        "tables": [{"title": f"{MODEL}, {THREADS} threads", "rows": rows}],
-        "targets": _targets(arms, ratios, model.num_parameters()),
+        "tables": [
+            {"title": f"{MODEL}, {THREADS} threads", "rows": rows},
+            {"title": "drafters over plain decoding on the same runner", "rows": drafted},
+        ],
+        "targets": _targets(arms, ratios, model.num_parameters(), _decode_drafters.targets(drafted)),
         "arms": {
             name: {"tokens_per_s": arm.decoded, "prefill_per_s": arm.prefilled, "perplexity": arm.perplexity,
                    "bytes": arm.bytes} for name, arm in arms.items()
@@ -145,7 +151,9 @@ def _ratio(fast: list[float], slow: list[float]) -> float:
     return round(statistics.median(fast) / statistics.median(slow), 3)
 
 
-def _targets(arms: dict[str, Arm], ratios: dict[str, float], weights: int) -> list[dict[str, Any]]:
+def _targets(
+    arms: dict[str, Arm], ratios: dict[str, float], weights: int, others: list[tuple[str, float, str, float]]
+) -> list[dict[str, Any]]:
     quality, small = arms["quality_arm"], arms["small_arm"]
     lines = [
         ("quality arm over transformers in bf16", ratios["quality_arm/transformers_bf16"], ">=", 4.0),
@@ -162,6 +170,7 @@ def _targets(arms: dict[str, Arm], ratios: dict[str, float], weights: int) -> li
         for name in ("llama_cpp_q4_0", "llama_cpp_q4_0_pure"):
             lines.append((f"small arm over {name}", ratios[f"small_arm/{name}"], ">=", 1.3))
             lines.append((f"its perplexity over {name}'s", small.perplexity / arms[name].perplexity, "<", 1.0))
+    lines += others
     holds = {">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
     return [
         {"text": text, "value": round(value, 3), "target": f"{sign} {bound}", "met": holds[sign](value, bound)}
@@ -250,7 +259,7 @@ def _transformers_arm(model: Any) -> Arm:
 def _llama_arm(path: Path) -> Arm:
     from llama_cpp import Llama
 
-    options = {"n_threads": THREADS, "n_threads_batch": THREADS, "n_batch": WINDOW, "use_mmap": False, "verbose": False}
+    options: dict[str, Any] = {"n_threads": THREADS, "n_threads_batch": THREADS, "n_batch": WINDOW, "use_mmap": False, "verbose": False}
     model = Llama(str(path), n_ctx=1024, **options)
 
     def decode(ids: list[int], count: int) -> list[float]:

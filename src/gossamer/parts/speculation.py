@@ -126,7 +126,7 @@ class Speculator:
         [layers, m, d] of those m tokens (``None`` where none were asked for). The tokens of a prompt come with no
         emitted ones.
         """
-        self._catch_up(states, observe)
+        self.read_prompt(states, observe)
         guessing = self._guessing(states)
         began = time.perf_counter()
         drafts = [Draft(())] * len(states)
@@ -150,6 +150,15 @@ class Speculator:
             self.guessed[len(states)].append(time.perf_counter() - began)
         return emitted
 
+    def read_prompt(self, states: Sequence[Any], observe: Observing) -> None:
+        """Run what is not in the past yet, all but the last token; :meth:`step` begins with it."""
+        for state in states:
+            ids = state.ids
+            for start in range(state.past.length, len(ids) - 1, BLOCK):
+                part = ids[start : min(start + BLOCK, len(ids) - 1)]
+                out = self.runner.run([Chunk(state.past, part, chain(len(part)), "none")], self.hidden)[0]
+                observe([state], [[]], None if out.hidden is None else [out.hidden])
+
     def cost(self, count: int) -> float | None:
         """Plain steps that a guessing step of ``count`` requests takes the time of; ``None`` where not measured."""
         plain, guessed = self.plain[count], self.guessed[count]
@@ -164,15 +173,6 @@ class Speculator:
             return []
         cost = self.cost(len(states))
         return [place for place in free if states[place].record.wants(cost)]
-
-    def _catch_up(self, states: Sequence[Any], observe: Observing) -> None:
-        """Run what is not in the past yet, all but the last token."""
-        for state in states:
-            ids = state.ids
-            for start in range(state.past.length, len(ids) - 1, BLOCK):
-                part = ids[start : min(start + BLOCK, len(ids) - 1)]
-                out = self.runner.run([Chunk(state.past, part, chain(len(part)), "none")], self.hidden)[0]
-                observe([state], [[]], None if out.hidden is None else [out.hidden])
 
 
 def settle(state: Any, draft: Draft, logits: Tensor) -> tuple[list[int], list[int]]:
