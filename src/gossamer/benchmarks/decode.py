@@ -259,7 +259,9 @@ def _transformers_arm(model: Any) -> Arm:
 def _llama_arm(path: Path) -> Arm:
     from llama_cpp import Llama
 
-    options: dict[str, Any] = {"n_threads": THREADS, "n_threads_batch": THREADS, "n_batch": WINDOW, "use_mmap": False, "verbose": False}
+    options: dict[str, Any] = {
+        "n_threads": THREADS, "n_threads_batch": THREADS, "n_batch": WINDOW, "use_mmap": False, "verbose": False,
+    }  # fmt: skip
     model = Llama(str(path), n_ctx=1024, **options)
 
     def decode(ids: list[int], count: int) -> list[float]:
