@@ -28,7 +28,7 @@ def test_arms_measure_the_same_thing() -> None:
 
 
 def _arm(speed: float, perplexity: float, size: int) -> decode.Arm:
-    return decode.Arm(lambda ids, n: [], print, lambda windows: 0.0, size, [speed] * 3, [speed] * 3, perplexity)
+    return decode.Arm(lambda ids, n: [], print, lambda windows: 0.0, size, 1.0, [speed] * 3, [speed] * 3, perplexity)
 
 
 def test_targets_follow_the_figures() -> None:
@@ -47,7 +47,7 @@ def test_targets_follow_the_figures() -> None:
     assert lines.pop("its perplexity over llama_cpp_q4_0's") is False
     assert all(lines.values())
     del arms["llama_cpp_q4_k_m"]
-    assert len(decode._targets(arms, decode._ratios(arms), 100, [])) == 2
+    assert len(decode._targets(arms, decode._ratios(arms), 100, [])) == 3
 
 
 def test_turns_count_after_warming_up() -> None:

@@ -54,6 +54,7 @@ class Arm:
     prefill: Callable[[list[int]], object]
     nll: Callable[[list[list[int]]], float]
     bytes: int
+    start: float | None = None  # seconds to load and bind
     decoded: list[float] = dataclasses.field(default_factory=list)  # tokens/s
     prefilled: list[float] = dataclasses.field(default_factory=list)
     perplexity: float = math.nan
@@ -86,6 +87,7 @@ def run(quick: bool, log: Callable[[str], None]) -> dict[str, Any]:
             "perplexity": round(arm.perplexity, 3),
             "megabytes": round(arm.bytes / 1e6, 1),
             "bits_per_weight": round(8 * arm.bytes / model.num_parameters(), 2),
+            "start_s": None if arm.start is None else round(arm.start, 1),
         }
         for name, arm in arms.items()
     ]
@@ -105,14 +107,18 @@ def run(quick: bool, log: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _arms(model: Any, tokenizer: Any, log: Callable[[str], None]) -> dict[str, Arm]:
+    from gossamer.parts.decode_native import load_native
     from gossamer.parts.decode_runner import Runner
 
+    load_native("auto")  # compiled once a machine: starts are timed without it
     arms = {"transformers_bf16": _transformers_arm(model)}
     arms["runner_bf16"] = _runner_arm(Runner(model, max_length=1024, weights="bfloat16"), _parameter_bytes(model))
     for name, (system, options) in PACKED_ARMS.items():
         folder = packed_model(tokenizer, system, options, log)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        start = time.perf_counter()
         arms[name] = _runner_arm(Runner(_read(folder), max_length=1024), size)
+        arms[name].start = time.perf_counter() - start
     if importlib.util.find_spec("llama_cpp") is None:
         log("llama-cpp-python is not installed: pip install 'gossamer[bench]' for its arms")
         return arms
@@ -158,6 +164,7 @@ def _targets(
     lines = [
         ("quality arm over transformers in bf16", ratios["quality_arm/transformers_bf16"], ">=", 4.0),
         ("small arm, bits per weight", 8 * small.bytes / weights, "<=", 4.75),
+        ("seconds to load and bind an arm, at most", max(quality.start or 0.0, small.start or 0.0), "<", 5.0),
     ]
     if "llama_cpp_q4_k_m" in arms:
         rival = arms["llama_cpp_q4_k_m"]
