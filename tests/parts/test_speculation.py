@@ -14,7 +14,7 @@ from torch import Tensor
 from gossamer.parts.decode_runner import Runner
 from gossamer.parts.draft_trees import SHAPE, beam_tree, budget_tree, static_tree
 from gossamer.parts.requests import Choice, Draft, RequestState
-from gossamer.parts.speculation import FIRST_WAIT, TRIAL, Record, Speculator, settle
+from gossamer.parts.speculation import FIRST_WAIT, TRIAL, Pace, Record, Speculator, settle
 from gossamer.testing.bench import Bench
 
 PROMPT = [7, 30, 51, 98, 200, 11, 45, 12, 8]
@@ -248,14 +248,14 @@ def test_a_request_that_gains_nothing_stops_guessing_and_tries_again_later() -> 
     record, guessed = Record(), list[bool]()
     for _ in range(200):
         guessed.append(record.wants(2.0))
-        record.count(Draft([1] if guessed[-1] else ()), 0, 1)
+        record.count(Draft([1] if guessed[-1] else ()), 0, 1, guessed[-1])
     assert guessed[:TRIAL] == [True] * TRIAL
     assert guessed[TRIAL : TRIAL + FIRST_WAIT] == [False] * FIRST_WAIT
     assert 3 * TRIAL <= sum(guessed) <= 5 * TRIAL
     gaining = Record()
     for _ in range(50):
         assert gaining.wants(2.0)
-        gaining.count(Draft([1, 2]), 2, 3)
+        gaining.count(Draft([1, 2]), 2, 3, True)
 
 
 def test_slow_drafts_are_left_off_by_the_clock_and_the_text_stays() -> None:
@@ -280,11 +280,59 @@ def test_slow_drafts_are_left_off_by_the_clock_and_the_text_stays() -> None:
 
 def test_the_record_counts_steps_tokens_and_depths() -> None:
     record = Record()
-    record.count(Draft(()), 0, 1)
-    record.count(Draft([1, 2, 3], [-1, 0, 0]), 1, 2)
-    record.count(Draft([1, 2, 3]), 3, 4)
+    record.count(Draft(()), 0, 1, False)
+    record.count(Draft([1, 2, 3], [-1, 0, 0]), 1, 2, True)
+    record.count(Draft([1, 2, 3]), 3, 4, True)
     found = record.summary()
     assert found["tokens"] == 7
     assert found["forwards_per_token"] == pytest.approx(3 / 7)
     assert found["accepted_length"] == 3.0
     assert found["acceptance"] == [1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("chances", [[0.9, 0.5, 0.45, 0.1], [0.2, 0.1], [0.99, 0.98, 0.97], [0.5, 0.05, 0.049]])
+@pytest.mark.parametrize("slope", [0.2, 2.0, 9.0])
+def test_a_guess_is_cut_where_a_token_costs_more_than_it_wins(chances: list[float], slope: float) -> None:
+    pace = Pace()
+    assert pace.worth(chances) == 0.0
+    for tokens in (1, 1, 5, 8):
+        pace.note(tokens, 10 + slope * tokens)
+    assert pace.line() == pytest.approx((10, slope))
+    rates = [(1 + sum(chances[:n])) / (10 + slope * (1 + n)) for n in range(len(chances) + 1)]
+    kept = [chance for chance in chances if chance >= pace.worth(chances)]
+    assert kept == chances[: rates.index(max(rates))]
+
+
+def test_pruned_guesses_leave_the_text_alone_and_keep_their_tree() -> None:
+    runner = runner_of("llama")
+    truth = runner.generate(PROMPT, max_new_tokens=30)
+    speculator = Speculator(runner)
+    state = speculator.open(RequestState(PROMPT))
+    sizes = list[int]()
+
+    def draft(states: list[RequestState]) -> list[Draft]:
+        at = truth[len(states[0].tokens) :][:3]
+        wrong = [(token + 1) % 300 for token in at]
+        return [Draft([*at, *wrong], [-1, 0, 1, -1, 3, 4][: 2 * len(at)], joint=[-0.1, -0.2, -0.3, -3.0, -6.0, -9.0])]
+
+    def settling(state: RequestState, guess: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        sizes.append(len(guess.tokens))
+        return settle(state, guess, logits)
+
+    while len(state.tokens) < 27:
+        # verifying a token is made out to cost a third of a step
+        speculator.pace.line = lambda: (3.0, 1.0)  # type: ignore[method-assign]
+        speculator.step(
+            [state], draft, lambda *_: None, lambda s, d, o: (sizes.append(len(d.tokens)), settle(s, d, o))[1]
+        )
+    assert state.tokens[:27] == truth[:27]
+    assert set(sizes) <= {0, 3}
+    assert 3 in sizes
+
+
+def test_chances_of_a_drafter_that_names_none_are_how_often_it_was_right() -> None:
+    record = Record()
+    for taken in (3, 3, 1, 0):
+        record.count(Draft([5, 6, 7]), taken, taken + 1, True)
+    assert record.chances(Draft([1, 2, 3, 4])) == pytest.approx([4 / 6, 3 / 6, 3 / 6, 1 / 4])
+    assert Record().chances(Draft([1, 2])) == [0.5, 0.25]

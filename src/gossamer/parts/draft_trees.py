@@ -43,23 +43,27 @@ class Source(Protocol):
 
 def static_tree(source: Source, depth: int, shape: Sequence[Sequence[int]] = SHAPE) -> Draft:
     """``shape[l][i]`` children of the i-th place of level l (0: the root); deeper than ``depth`` none."""
-    tokens, parents = list[int](), list[int]()
+    tokens, parents, joint = list[int](), list[int](), list[float]()
     places, numbers, table, expanded = [-1], [-1], source.root()[None], 0
     for level, counts in enumerate(shape[:depth]):
         if level:
             numbers_next = list(range(expanded, expanded + len(places)))
             table = source.expand(numbers, [tokens[place] for place in places], level)
             numbers, expanded = numbers_next, expanded + len(places)
-        best = table.topk(min(max(counts), table.shape[-1])).indices
+        best = table.topk(min(max(counts), table.shape[-1]))
         found = list[tuple[int, int]]()  # place, and number of its parent
         for row, (place, count) in enumerate(zip(places, counts, strict=False)):
-            for token in _ids(source, best[row][:count]):
+            above = 0.0 if place < 0 else joint[place]
+            for token, score in zip(
+                _ids(source, best.indices[row][:count]), best.values[row][:count].tolist(), strict=True
+            ):
                 found.append((len(tokens), numbers[row]))
                 tokens.append(token)
                 parents.append(place)
+                joint.append(above + score)
         wanted = len(shape[level + 1]) if level + 1 < len(shape) else 0
         places, numbers = [place for place, _ in found[:wanted]], [number for _, number in found[:wanted]]
-    return Draft(tokens, parents)
+    return Draft(tokens, parents, joint=joint)
 
 
 def beam_tree(source: Source, depth: int, top_k: int, total: int) -> Draft:
@@ -118,7 +122,8 @@ def _best(seen: Sequence[tuple[float, int, int]], total: int) -> Draft:
     """The ``total`` best of the places seen; of equals the earlier ones, so parents come along."""
     kept = sorted(sorted(range(len(seen)), key=lambda place: -seen[place][0])[:total])
     new = {-1: -1} | {place: i for i, place in enumerate(kept)}
-    return Draft([seen[place][2] for place in kept], [new[seen[place][1]] for place in kept])
+    tokens, parents = [seen[place][2] for place in kept], [new[seen[place][1]] for place in kept]
+    return Draft(tokens, parents, joint=[seen[place][0] for place in kept])
 
 
 def _ids(source: Source, columns: Tensor) -> list[int]:

@@ -116,11 +116,13 @@ class RequestState:
 class Draft:
     """Guessed tokens. ``parents[i]`` < i is the place of the token before token i, -1 for the accepted text; ``None``
     for a chain. ``probs[i]`` [V] is what token i was drawn from, given its earlier siblings; ``None`` where tokens were
-    chosen and not drawn, as the best ones of a drafter are."""
+    chosen and not drawn, as the best ones of a drafter are. ``joint[i]`` is the log-probability that the drafter gives
+    to the path to token i, never above its parent's."""
 
     tokens: Sequence[int]
     parents: Sequence[int] | None = None
     probs: Sequence[Tensor] | Tensor | None = None
+    joint: Sequence[float] | None = None
 
     @property
     def tree(self) -> list[int]:
@@ -141,8 +143,13 @@ class Draft:
             depths.append(1 if parent < 0 else depths[parent] + 1)
             if depths[place] <= depth and len(kept) < count:
                 kept.append(place)
-        if len(kept) == len(depths):
+        return self.part(kept)
+
+    def part(self, kept: Sequence[int]) -> Draft:
+        """The tokens at the rising places ``kept``, with which come their parents."""
+        if len(kept) == len(self.tokens):
             return self
         new = {-1: -1} | {place: i for i, place in enumerate(kept)}
         probs = None if self.probs is None else [self.probs[place] for place in kept]
-        return Draft([self.tokens[place] for place in kept], [new[self.tree[place]] for place in kept], probs)
+        joint = None if self.joint is None else [self.joint[place] for place in kept]
+        return Draft([self.tokens[place] for place in kept], [new[self.tree[place]] for place in kept], probs, joint)

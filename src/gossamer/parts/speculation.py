@@ -15,13 +15,21 @@ Guessing is left off while it does not pay: with g tokens emitted by a guessing 
     g / (seconds of drafting and verifying)  >=  1 / (seconds of a plain step)
 
 both measured here as medians, for each number of requests in a step by itself. A request that is left off tries again
-after 16 plain steps, then 32, up to 512. None of this changes the text.
+after 16 plain steps, then 32, up to 512. A guess is also cut to the tokens that pay: with steps of n tokens taking
+a + b n seconds, measured too, and c_1 >= c_2 >= ... the chances of the guessed tokens, the first m are verified that
+maximise
+
+    (1 + c_1 + ... + c_m) / (a + b (1 + m))
+
+A chance is the drafter's joint probability, or where it gives none how often guesses so deep were right. None of this
+changes the text.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -60,10 +68,13 @@ class Record:
     next_wait: int = FIRST_WAIT
     gains: collections.deque[int] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TRIAL))
 
-    def count(self, draft: Draft, taken: int, emitted: int) -> None:
-        """Take note of a step that accepted ``taken`` drafted tokens and emitted ``emitted``."""
+    def count(self, draft: Draft, taken: int, emitted: int, tried: bool) -> None:
+        """Take note of a step that accepted ``taken`` drafted tokens and emitted ``emitted``; ``tried``: a guess was
+        asked for, whether or not there was one that paid."""
         self.steps += 1
         self.emitted += emitted
+        if tried and not draft.tokens:
+            self.gains.append(emitted)
         if not draft.tokens:
             return
         self.guesses += 1
@@ -90,6 +101,16 @@ class Record:
         self.gains.clear()
         return False
 
+    def chances(self, draft: Draft) -> list[float]:
+        """How often guesses as deep as each token were right so far, halves before there were any."""
+        shares = [(right + 1) / (made + 2) for right, made in zip(self.accepted, self.offered, strict=True)]
+        depths, found = list[int](), list[float]()
+        for parent in draft.tree:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+            above = found[parent] if parent >= 0 else 1.0
+            found.append(min(above, shares[depths[-1]] if depths[-1] < len(shares) else above / 2))
+        return found
+
     def summary(self) -> dict[str, Any]:
         """``accepted_length``: tokens emitted by a guessing step (tau); ``forwards_per_token``: the prompt's not
         counted; ``acceptance[k]``: of drafts more than k deep, the share that was accepted more than k deep."""
@@ -104,6 +125,37 @@ class Record:
         }
 
 
+class Pace:
+    """Seconds of a step by its number of tokens, a straight line through the medians of what was seen."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, collections.deque[float]] = collections.defaultdict(_times)
+
+    def note(self, tokens: int, seconds: float) -> None:
+        self.seen[tokens].append(seconds)
+
+    def line(self) -> tuple[float, float] | None:
+        """(a, b); ``None`` until two numbers of tokens were seen."""
+        if len(self.seen) < 2:
+            return None
+        slope, start = statistics.linear_regression(list(self.seen), [statistics.median(t) for t in self.seen.values()])
+        return max(start, 0.0), max(slope, 0.0)
+
+    def worth(self, chances: Sequence[float]) -> float:
+        """The least chance that it pays to verify a token for; 0 while the pace is not known."""
+        line = self.line()
+        if line is None:
+            return 0.0
+        start, slope = line
+        gain, best, least = 1.0, 1.0 / (start + slope), math.inf
+        for count, chance in enumerate(sorted(chances, reverse=True), 2):
+            gain += chance
+            rate = gain / (start + slope * count)
+            if rate >= best:
+                best, least = rate, chance
+        return least
+
+
 class Speculator:
     """Steps requests of a ``runner``. ``hidden`` are the states that :meth:`step` hands to ``observe``; with
     ``switch_off`` requests stop guessing while it does not pay."""
@@ -113,6 +165,7 @@ class Speculator:
         # seconds a step, by the number of requests in it
         self.plain: dict[int, collections.deque[float]] = collections.defaultdict(_times)
         self.guessed: dict[int, collections.deque[float]] = collections.defaultdict(_times)
+        self.pace = Pace()
 
     def open(self, state: Any) -> Any:
         """Give a :class:`~gossamer.parts.requests.RequestState` what it needs to be stepped here."""
@@ -129,24 +182,26 @@ class Speculator:
         self.read_prompt(states, observe)
         guessing = self._guessing(states)
         began = time.perf_counter()
-        drafts = [Draft(())] * len(states)
+        drafts, tried = [Draft(())] * len(states), set(guessing)
         for place, found in zip(guessing, draft([states[n] for n in guessing]) if guessing else [], strict=True):
             state = states[place]
             depth = len(found.tokens) if state.room is None else max(0, state.room - 1)
-            drafts[place] = found.cut(depth, state.past.room - 1)
+            drafts[place] = self._paying(state.record, found.cut(depth, state.past.room - 1))
+        verifying = time.perf_counter()
         outputs = self.runner.run([_chunk(s, d) for s, d in zip(states, drafts, strict=True)], self.hidden)
+        self.pace.note(len(states) + sum(len(guess.tokens) for guess in drafts), time.perf_counter() - verifying)
         emitted, hidden = [], list[Any]()
-        for state, guess, out in zip(states, drafts, outputs, strict=True):
+        for place, (state, guess, out) in enumerate(zip(states, drafts, outputs, strict=True)):
             path, tokens = settle(state, guess, out.logits)
             kept = [0, *(place + 1 for place in path)]
             state.past.keep(kept)
-            state.record.count(guess, len(path), len(tokens))
+            state.record.count(guess, len(path), len(tokens), place in tried)
             emitted.append(tokens)
             hidden.append(None if out.hidden is None else out.hidden[:, kept])
         observe(states, emitted, hidden if self.hidden else None)
         if not guessing:
             self.plain[len(states)].append(time.perf_counter() - began)
-        elif all(guess.tokens for guess in drafts):
+        elif len(guessing) == len(states):
             self.guessed[len(states)].append(time.perf_counter() - began)
         return emitted
 
@@ -163,6 +218,14 @@ class Speculator:
         """Plain steps that a guessing step of ``count`` requests takes the time of; ``None`` where not measured."""
         plain, guessed = self.plain[count], self.guessed[count]
         return statistics.median(guessed) / statistics.median(plain) if len(plain) > 1 and len(guessed) > 1 else None
+
+    def _paying(self, record: Record, guess: Draft) -> Draft:
+        """The part of a guess that it pays to verify."""
+        if not self.switch_off or not guess.tokens:
+            return guess
+        chances = [math.exp(score) for score in guess.joint] if guess.joint is not None else record.chances(guess)
+        least = self.pace.worth(chances)
+        return guess.part([place for place, chance in enumerate(chances) if chance >= least])
 
     def _guessing(self, states: Sequence[Any]) -> list[int]:
         """Places of the requests that guess now. The first steps of a number of requests are plain, to be timed."""
