@@ -23,6 +23,7 @@ from gossamer.parts.decode_state import tree_from
 from gossamer.parts.decode_weights import Codes, IntegerWeight, integer_form, quantise_rows
 from gossamer.parts.quant_format import Packing, find_matrices, mark_quantised, pack_matrix
 from gossamer.parts.quant_linear import QuantLinear
+from gossamer.parts.surgery import Keep, cut, find_blocks
 from gossamer.testing.bench import Bench, _text
 
 DENSE = ("llama", "gemma3", "qwen3", "gpt2")
@@ -216,6 +217,45 @@ def test_native_step_is_the_reference(family: str, weights: str) -> None:
     cost = (found["reference"] - found["exact"]).norm()
     assert cost > 0
     assert (found["native"] - found["reference"]).norm() < 0.2 * cost
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_what_surgery_left_of_a_model_is_planned(family: str) -> None:
+    """No attention in the first block, no feed in the last, fewer heads and neurons between."""
+    model = Bench(family).model(layers=3)
+    blocks = find_blocks(model)
+    rest = Keep(range(1, blocks[1].head_groups), range(3, blocks[1].neurons))
+    cut(model, {0: Keep(head_groups=()), 1: rest, 2: Keep(neurons=())})
+    exact = Runner(model, max_length=64)
+    assert exact.plan is not None, exact.reason
+    lines = exact.plan.describe()
+    assert "no attention" in lines[0]
+    assert "no feed" in lines[2]
+    with torch.no_grad():
+        wanted = model(torch.tensor([TOKENS])).logits[0]
+    state = exact.open()
+    found = torch.stack([exact.step(state, token) for token in TOKENS])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    native, reference = (Runner(model, weights="int8", native=way, max_length=64) for way in ("require", "reference"))
+    pair = [runner.verify(runner.open(), NEW, PARENTS).logits for runner in (native, reference)]
+    cost = (pair[1] - exact.verify(exact.open(), NEW, PARENTS).logits).norm()
+    assert (pair[0] - pair[1]).norm() < 0.2 * cost
+
+
+def test_a_whole_step_of_a_cut_model_runs_on_the_kernels() -> None:
+    model = Bench("llama").model(layers=3)
+    cut(model, {0: Keep(head_groups=()), 2: Keep(neurons=())})
+    native, reference = (Runner(model, weights="int8", native=way, max_length=64) for way in ("require", "reference"))
+    assert native.native == best_path()
+    exact = Runner(model, max_length=64)
+    found = []
+    for runner in (native, reference, exact):
+        state = runner.open()
+        runner.prefill(state, TOKENS)
+        runner.verify(state, NEW, PARENTS)
+        state.keep([0, 2, 7])
+        found.append(runner.step(state, 50))
+    assert (found[0] - found[1]).norm() < 0.2 * (found[1] - found[2]).norm()
 
 
 @pytest.mark.parametrize("family", DENSE)

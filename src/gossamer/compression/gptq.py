@@ -46,6 +46,7 @@ CARD = Card(
     builtin=True,
 )
 _BLOCK = 128  # columns whose errors are carried on together
+_ROWS = 16384  # of a matrix that are worked on at a time
 
 
 class GPTQConfig(Config):
@@ -134,9 +135,24 @@ def compensated(
 def _by_columns(weight: Tensor, hessian: Tensor, packing: Packing, dtype: torch.dtype, damp: float) -> Quantised:
     inverse = invert(hessian, damp=damp, always=True)
     upper = torch.linalg.cholesky(inverse.matrix, upper=True).float()
-    work = weight.clone()
-    work[:, inverse.dead] = 0
-    columns = work.shape[1]
+    # rows know nothing of one another, but for one scale of all
+    rows = len(weight) if packing.group == PER_TENSOR else _ROWS
+    parts = [_rows_by_columns(part, upper, inverse.dead, packing, dtype) for part in weight.split(rows)]
+    minima = [part.minima for part in parts if part.minima is not None]
+    return Quantised(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(minima) if minima else None,
+        packing.bits,
+        parts[0].group,
+    )
+
+
+def _rows_by_columns(weight: Tensor, upper: Tensor, dead: Tensor, packing: Packing, dtype: torch.dtype) -> Quantised:
+    """``weight [out, in]``; works on its transpose, so that a column lies in one piece."""
+    work = weight.t().clone(memory_format=torch.contiguous_format)
+    work[dead] = 0
+    columns = len(work)
     size = packing.group if packing.group > 0 else columns
     top = largest_code(packing.bits)
     low, high = (-top, top) if packing.symmetric else (0, 2 * top + 1)
@@ -145,21 +161,20 @@ def _by_columns(weight: Tensor, hessian: Tensor, packing: Packing, dtype: torch.
     block = size * max(1, _BLOCK // size) if size <= _BLOCK else divisor_below(size, _BLOCK)
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        errors = torch.zeros(len(work), end - start)
+        errors = torch.zeros_like(work[start:end])
         for j in range(start, end):
             if j % size == 0:
-                span = work if packing.group == PER_TENSOR else work[:, j : j + size]
+                span = work if packing.group == PER_TENSOR else work[j : j + size]
                 kind = PER_TENSOR if packing.group == PER_TENSOR else 0
-                grids.append(quantise(span, packing.bits, kind, symmetric=packing.symmetric, dtype=dtype))
+                grids.append(quantise(span.t(), packing.bits, kind, symmetric=packing.symmetric, dtype=dtype))
             scale, least = _column_of(grids[-1])
-            codes[:, j] = torch.where(scale > 0, (work[:, j] - least) / scale, 0.0).round().clamp(low, high)
-            error = (work[:, j] - codes[:, j] * scale - least) / upper[j, j]
-            work[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
-            errors[:, j - start] = error
-        work[:, end:] -= errors @ upper[start:end, end:]
+            codes[j] = torch.where(scale > 0, (work[j] - least) / scale, 0.0).round().clamp(low, high)
+            errors[j - start] = (work[j] - codes[j] * scale - least) / upper[j, j]
+            work[j + 1 : end] -= upper[j, j + 1 : end, None] * errors[j - start]
+        work[end:] -= upper[start:end, end:].t() @ errors
     minima = [grid.minima for grid in grids if grid.minima is not None]
     return Quantised(
-        codes.to(torch.int8 if packing.symmetric else torch.uint8),
+        codes.t().to(torch.int8 if packing.symmetric else torch.uint8).contiguous(),
         torch.cat([grid.scales for grid in grids], 1),
         torch.cat(minima, 1) if minima else None,
         packing.bits,

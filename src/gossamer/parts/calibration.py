@@ -79,7 +79,7 @@ def check_batches(batches: Any, where: str, *, width: int = 1) -> list[Batch]:
     found = list(batches) if isinstance(batches, Iterable) and not isinstance(batches, str | Tensor) else []
     if not found or not all(isinstance(batch, Mapping) and "input_ids" in batch for batch in found):
         got = "none" if not found else f"{type(found[0]).__name__} without input_ids"
-        do = "give a list of dicts with input_ids and attention_mask, as the model takes them"
+        do = "give a list of dicts with input_ids and attention_mask; in a recipe, `data:`"
         raise InputError(f"{where}: calibration data", must="hold batches of tokens", got=got, do=do)
     tokens = sum(token_count(batch) for batch in found)
     least = max(1, -(-width // SHORT))

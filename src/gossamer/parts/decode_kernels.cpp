@@ -42,7 +42,7 @@ struct Norm {
   int32_t kind;  // 0 none, 1 rms, 2 layer
 };
 
-struct Layer {
+struct Layer {  // heads 0: no attention; up.out 0: no feed
   Matrix qkv, out, up, down;
   Norm before_attention, after_attention, before_feed, after_feed, q_norm, k_norm;
   int32_t heads, kv_heads, head_dim, window, rope, act, gated;  // window 0: none; rope -1: none
@@ -436,59 +436,66 @@ extern "C" void gossamer_step(const Model* model, const Span* spans, int count, 
     if (seen && seen[0]) std::memcpy(seen[0] + mine * width, x + mine * width, (after - mine) * width * sizeof(float));
     for (int i = 0; i < model->count; i++) {
       const Layer& l = model->layers[i];
-      const int d = l.head_dim, group = l.heads / l.kv_heads, heads = l.heads + 2 * l.kv_heads;
-      for (size_t r = mine; r < after; r++) {
-        normalise(l.before_attention, x + r * width, &line[r * columns], width);
-        quantise(&line[r * columns], width, r, a);
+      if (l.heads) {
+        const int d = l.head_dim, group = l.heads / l.kv_heads, heads = l.heads + 2 * l.kv_heads;
+        for (size_t r = mine; r < after; r++) {
+          normalise(l.before_attention, x + r * width, &line[r * columns], width);
+          quantise(&line[r * columns], width, r, a);
+        }
+#pragma omp barrier
+        multiply(l.qkv, a, n, qkv.data(), thread, team);
+#pragma omp barrier
+        for (size_t k = n * heads * thread / team; k < n * heads * (thread + 1) / team; k++) {
+          const size_t r = k / heads;
+          const Span& span = spans[owner[r]];
+          const size_t place = l.rope < 0 ? 0 : (size_t)(span.past + span.depths[inside[r]]) * d;
+          place_head(l, span, inside[r], k % heads, &qkv[r * l.qkv.out + (k % heads) * d],
+                     l.rope < 0 ? nullptr : model->cosines[l.rope] + place,
+                     l.rope < 0 ? nullptr : model->sines[l.rope] + place, span.keys[i], span.values[i]);
+        }
+#pragma omp barrier
+        size_t start = 0, task = 0;
+        for (int s = 0; s < count; start += spans[s++].rows) {
+          const int all = spans[s].rows * group;
+          const int tile = std::min(kTile, std::max(1, (all * l.kv_heads + team - 1) / team));
+          for (int kv = 0; kv < l.kv_heads; kv++)
+            for (int first = 0; first < all; first += tile, task++)
+              if ((int)(task % team) == thread)
+                attend(l, spans[s], kv, first, std::min(tile, all - first), &qkv[start * l.qkv.out], l.qkv.out,
+                       spans[s].keys[i], spans[s].values[i], &mixed[start * l.heads * d], scratch);
+        }
+#pragma omp barrier
+        for (size_t r = mine; r < after; r++) quantise(&mixed[r * l.heads * d], l.heads * d, r, a);
+#pragma omp barrier
+        multiply(l.out, a, n, h.data(), thread, team);
+#pragma omp barrier
+        for (size_t r = mine; r < after; r++) {
+          normalise(l.after_attention, &h[r * width], &h[r * width], width);
+          for (int k = 0; k < width; k++) x[r * width + k] += h[r * width + k];
+        }
       }
+      if (l.up.out) {
+        for (size_t r = mine; r < after; r++) {
+          normalise(l.before_feed, x + r * width, &line[r * columns], width);
+          quantise(&line[r * columns], width, r, a);
+        }
 #pragma omp barrier
-      multiply(l.qkv, a, n, qkv.data(), thread, team);
+        multiply(l.up, a, n, up.data(), thread, team);
 #pragma omp barrier
-      for (size_t k = n * heads * thread / team; k < n * heads * (thread + 1) / team; k++) {
-        const size_t r = k / heads;
-        const Span& span = spans[owner[r]];
-        const size_t place = l.rope < 0 ? 0 : (size_t)(span.past + span.depths[inside[r]]) * d;
-        place_head(l, span, inside[r], k % heads, &qkv[r * l.qkv.out + (k % heads) * d],
-                   l.rope < 0 ? nullptr : model->cosines[l.rope] + place,
-                   l.rope < 0 ? nullptr : model->sines[l.rope] + place, span.keys[i], span.values[i]);
+        for (size_t r = mine; r < after; r++) {
+          activate(l, &up[r * l.up.out], &line[r * columns], l.down.columns);
+          quantise(&line[r * columns], l.down.columns, r, a);
+        }
+#pragma omp barrier
+        multiply(l.down, a, n, h.data(), thread, team);
+#pragma omp barrier
+        for (size_t r = mine; r < after; r++) {
+          normalise(l.after_feed, &h[r * width], &h[r * width], width);
+          for (int k = 0; k < width; k++) x[r * width + k] += h[r * width + k];
+        }
       }
-#pragma omp barrier
-      size_t start = 0, task = 0;
-      for (int s = 0; s < count; start += spans[s++].rows) {
-        const int all = spans[s].rows * group;
-        const int tile = std::min(kTile, std::max(1, (all * l.kv_heads + team - 1) / team));
-        for (int kv = 0; kv < l.kv_heads; kv++)
-          for (int first = 0; first < all; first += tile, task++)
-            if ((int)(task % team) == thread)
-              attend(l, spans[s], kv, first, std::min(tile, all - first), &qkv[start * l.qkv.out], l.qkv.out,
-                     spans[s].keys[i], spans[s].values[i], &mixed[start * l.heads * d], scratch);
-      }
-#pragma omp barrier
-      for (size_t r = mine; r < after; r++) quantise(&mixed[r * l.heads * d], l.heads * d, r, a);
-#pragma omp barrier
-      multiply(l.out, a, n, h.data(), thread, team);
-#pragma omp barrier
-      for (size_t r = mine; r < after; r++) {
-        normalise(l.after_attention, &h[r * width], &h[r * width], width);
-        for (int k = 0; k < width; k++) x[r * width + k] += h[r * width + k];
-        normalise(l.before_feed, x + r * width, &line[r * columns], width);
-        quantise(&line[r * columns], width, r, a);
-      }
-#pragma omp barrier
-      multiply(l.up, a, n, up.data(), thread, team);
-#pragma omp barrier
-      for (size_t r = mine; r < after; r++) {
-        activate(l, &up[r * l.up.out], &line[r * columns], l.down.columns);
-        quantise(&line[r * columns], l.down.columns, r, a);
-      }
-#pragma omp barrier
-      multiply(l.down, a, n, h.data(), thread, team);
-#pragma omp barrier
-      for (size_t r = mine; r < after; r++) {
-        normalise(l.after_feed, &h[r * width], &h[r * width], width);
-        for (int k = 0; k < width; k++) x[r * width + k] += h[r * width + k];
+      for (size_t r = mine; r < after; r++)
         if (seen && seen[i + 1]) std::memcpy(seen[i + 1] + r * width, x + r * width, width * sizeof(float));
-      }
     }
     for (size_t r = mine; r < after; r++) normalise(model->norm, x + r * width, last + r * width, width);
   }

@@ -64,10 +64,14 @@ def native_fits(plan: Plan, matrices: dict[int, Weight]) -> bool:
 
     def ready(layer: Layer) -> bool:
         feed, a = layer.feed, layer.attention
-        if not isinstance(feed, Feed) or feed.act_name not in _ACTS or a.head_dim % LANES:
+        found = [] if a is None else [a.qkv, a.out]
+        if a is not None and a.head_dim % LANES:
             return False
-        weights = [matrices[id(m)] for m in (a.qkv, a.out, feed.up, feed.down)]
-        return all(isinstance(w, NativeWeight) and w.inputs % GROUP == 0 for w in weights)
+        if isinstance(feed, Feed):
+            found += [feed.up, feed.down]
+        weights = [matrices[id(m)] for m in found]
+        fits = all(isinstance(w, NativeWeight) and w.inputs % GROUP == 0 for w in weights)
+        return fits and (feed is None or (isinstance(feed, Feed) and feed.act_name in _ACTS))
 
     return all(ready(layer) for layer in plan.layers)
 
@@ -94,8 +98,7 @@ class NativeStep:
         )
 
     def open(self) -> State:
-        shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.plan.layers]
-        return State(shapes, self.max_length, torch.float32, "cpu", blocked=True)
+        return State([layer.cached for layer in self.plan.layers], self.max_length, torch.float32, "cpu", blocked=True)
 
     def run(self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]) -> list[Output]:
         positions = positions_of(chunks) if self.plan.positions is not None else torch.empty(0)
@@ -116,22 +119,20 @@ class NativeStep:
         return outputs(chunks, [last if state is None else state for state in seen], x, hidden, head)
 
     def _layer(self, layer: Layer, matrices: dict[int, Any], ropes: list[str]) -> LayerStruct:
-        a, feed = layer.attention, layer.feed
-        assert isinstance(feed, Feed)
-        parts = [matrices[id(matrix)].struct for matrix in (a.qkv, a.out, feed.up, feed.down)]
-        norms = [self._norm(getattr(a if name in ("q_norm", "k_norm") else layer, name)) for name in _NORMS]
-        return LayerStruct(
-            *parts,
-            *norms,
-            a.heads,
-            a.kv_heads,
-            a.head_dim,
-            a.window or 0,
-            -1 if a.rope is None else ropes.index(a.rope),
-            _ACTS.index(feed.act_name),
-            feed.gated,
-            a.scale,
-        )
+        """No heads, or no outputs of ``up``, where there is no attention or feed."""
+        a, feed, found = layer.attention, layer.feed, LayerStruct()
+        norms = {name: getattr(layer, name, None) for name in _NORMS}
+        if a is not None:
+            found.qkv, found.out = (matrices[id(matrix)].struct for matrix in (a.qkv, a.out))
+            norms |= {"q_norm": a.q_norm, "k_norm": a.k_norm}
+            found.heads, found.kv_heads, found.head_dim, found.scale = a.heads, a.kv_heads, a.head_dim, a.scale
+            found.window, found.rope = a.window or 0, -1 if a.rope is None else ropes.index(a.rope)
+        if isinstance(feed, Feed):
+            found.up, found.down = (matrices[id(matrix)].struct for matrix in (feed.up, feed.down))
+            found.act, found.gated = _ACTS.index(feed.act_name), feed.gated
+        for name, norm in norms.items():
+            setattr(found, name, self._norm(norm))
+        return found
 
     def _norm(self, norm: Norm | None) -> NormStruct:
         if norm is None:

@@ -8,7 +8,8 @@ A block is one of two shapes, where ``N`` are norms (``N2``, ``N4`` only in Gemm
 the model (another class at some place, a hook, an adapter, a replaced ``forward``, rotary angles that change with the
 length) raises :class:`NotPlanned` with the reason, and the caller runs the model itself.
 
-Feed-forward blocks that are not dense (Mixtral's experts) are kept as modules and called.
+Feed-forward blocks that are not dense (Mixtral's experts) are kept as modules and called. What structured surgery took
+out of a block (:mod:`gossamer.parts.surgery`) is not there: its line of the equation is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gossamer.core.errors import InputError
 from gossamer.parts.quant_linear import QuantEmbedding, QuantLinear, TiedQuantLinear
+from gossamer.parts.surgery_blocks import NoAttention, Nothing
 
+_NO_HEAD = 16  # places of a head that is not there
 _LOOKING = "transformers.utils.output_capturing"
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -87,12 +90,19 @@ class Feed:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    attention: Attention
-    feed: Feed | nn.Module
-    before_attention: Norm
-    before_feed: Norm
+    """``None`` where the block has none; the norms before attention and feed are there with them."""
+
+    attention: Attention | None
+    feed: Feed | nn.Module | None
+    before_attention: Norm | None = None
+    before_feed: Norm | None = None
     after_attention: Norm | None = None
     after_feed: Norm | None = None
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """Key-value heads, and places of a head."""
+        return (0, _NO_HEAD) if self.attention is None else (self.attention.kv_heads, self.attention.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,17 +123,11 @@ class Plan:
     @property
     def own_feeds(self) -> int:
         """How many layers call the model's own feed-forward module."""
-        return sum(not isinstance(layer.feed, Feed) for layer in self.layers)
+        return sum(isinstance(layer.feed, nn.Module) for layer in self.layers)
 
     def describe(self) -> list[str]:
         """A line a layer."""
-        return [
-            f"{number}: {a.heads}/{a.kv_heads} heads of {a.head_dim}, "
-            f"{'full' if a.window is None else f'window {a.window}'}, "
-            f"{'gated ' * layer.feed.gated + 'feed' if isinstance(layer.feed, Feed) else type(layer.feed).__name__}"
-            for number, layer in enumerate(self.layers)
-            for a in (layer.attention,)
-        ]
+        return [f"{number}: {_attends(layer)}, {_feeds(layer)}" for number, layer in enumerate(self.layers)]
 
 
 def read_plan(model: Any) -> Plan:
@@ -153,18 +157,23 @@ def _read_llama(model: Any, text: Any) -> Plan:
     layers = []
     for number, block in enumerate(text.layers[: config.num_hidden_layers]):
         _exact(f"layers.{number}", block, f"{family}DecoderLayer")
-        attention = block.self_attn
-        _exact(f"layers.{number}.self_attn", attention, f"{family}Attention")
+        attention, mlp = _left(block.self_attn), _left(block.mlp)
+        if attention is not None:
+            _exact(f"layers.{number}.self_attn", attention, f"{family}Attention")
         names = ("before_attention", "after_attention", "before_feed", "after_feed") if gemma else (
             "before_attention", "before_feed")  # fmt: skip
         modules: tuple[Any, ...] = (block.input_layernorm, block.post_attention_layernorm)
         if gemma:
             modules += (block.pre_feedforward_layernorm, block.post_feedforward_layernorm)
+        there = {"attention": attention, "feed": mlp}
         norms: dict[str, Any] = {
-            key: _rms(module, norm_class, gemma) for key, module in zip(names, modules, strict=True)
+            key: _rms(module, norm_class, gemma)
+            for key, module in zip(names, modules, strict=True)
+            if there[key.partition("_")[2]] is not None
         }
         window = everywhere if everywhere is not None else getattr(attention, "sliding_window", None)
-        layers.append(Layer(_attention(attention, window, norm_class, gemma), _feed(block.mlp, family), **norms))
+        mixing = None if attention is None else _attention(attention, window, norm_class, gemma)
+        layers.append(Layer(mixing, None if mlp is None else _feed(mlp, family), **norms))
     return Plan(
         family=family,
         layers=tuple(layers),
@@ -185,20 +194,25 @@ def _read_gpt2(model: Any, text: Any) -> Plan:
     layers = []
     for number, block in enumerate(text.h):
         _exact(f"h.{number}", block, "GPT2Block")
-        attention, mlp = block.attn, block.mlp
-        _exact(f"h.{number}.attn", attention, "GPT2Attention")
-        _exact(f"h.{number}.mlp", mlp, "GPT2MLP")
-        heads, width = attention.num_heads, attention.head_dim
+        attention, mlp = _left(block.attn), _left(block.mlp)
+        mixing = feed = None
+        if attention is not None:
+            _exact(f"h.{number}.attn", attention, "GPT2Attention")
+            heads = attention.num_heads
+            mixing = Attention(heads, heads, attention.head_dim, attention.scaling, None, None,
+                               _matrix("c_attn", attention.c_attn), _matrix("c_proj", attention.c_proj))  # fmt: skip
+        if mlp is not None:
+            _exact(f"h.{number}.mlp", mlp, "GPT2MLP")
+            feed = Feed(_matrix("c_fc", mlp.c_fc), _matrix("mlp.c_proj", mlp.c_proj), mlp.act,
+                        _ACTIVATIONS.get(config.activation_function, ""), False)  # fmt: skip
         layers.append(
             Layer(
-                Attention(heads, heads, width, attention.scaling, None, None, _matrix("c_attn", attention.c_attn),
-                          _matrix("c_proj", attention.c_proj)),
-                Feed(_matrix("c_fc", mlp.c_fc), _matrix("mlp.c_proj", mlp.c_proj), mlp.act,
-                     _ACTIVATIONS.get(config.activation_function, ""), False),
-                _layer_norm(block.ln_1),
-                _layer_norm(block.ln_2),
+                mixing,
+                feed,
+                None if attention is None else _layer_norm(block.ln_1),
+                None if mlp is None else _layer_norm(block.ln_2),
             )
-        )  # fmt: skip
+        )
     return Plan(
         family="GPT2",
         layers=tuple(layers),
@@ -222,6 +236,25 @@ _READERS: dict[str, Callable[[Any, Any], Plan]] = {
     "LlavaForConditionalGeneration": _read_llama,
     "GPT2LMHeadModel": _read_gpt2,
 }
+
+
+def _left(module: Any) -> Any:
+    """``module``, or ``None`` where surgery dropped it."""
+    return None if type(module) in (NoAttention, Nothing) else module
+
+
+def _attends(layer: Layer) -> str:
+    a = layer.attention
+    if a is None:
+        return "no attention"
+    return f"{a.heads}/{a.kv_heads} heads of {a.head_dim}, {'full' if a.window is None else f'window {a.window}'}"
+
+
+def _feeds(layer: Layer) -> str:
+    feed = layer.feed
+    if isinstance(feed, Feed):
+        return "gated feed" if feed.gated else "feed"
+    return "no feed" if feed is None else type(feed).__name__
 
 
 def _attention(module: Any, window: int | None, norm_class: type, gemma: bool) -> Attention:

@@ -221,8 +221,9 @@ _ONE = chain(1)
 
 def _matrices(plan: Plan, weights: str, head: str) -> Iterator[tuple[Matrix, str]]:
     for layer in plan.layers:
-        yield layer.attention.qkv, weights
-        yield layer.attention.out, weights
+        if layer.attention is not None:
+            yield layer.attention.qkv, weights
+            yield layer.attention.out, weights
         if isinstance(layer.feed, Feed):
             yield layer.feed.up, weights
             yield layer.feed.down, weights

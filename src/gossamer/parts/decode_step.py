@@ -26,8 +26,9 @@ class TorchStep:
         self.feeds = [_feed(layer, matrices) for layer in plan.layers]
 
     def open(self) -> State:
-        shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.plan.layers]
-        return State(shapes, self.max_length, self.dtype, self.device, blocked=False)
+        return State(
+            [layer.cached for layer in self.plan.layers], self.max_length, self.dtype, self.device, blocked=False
+        )
 
     def run(self, chunks: Sequence[Chunk], hidden: tuple[int, ...], head: Callable[[Tensor], Tensor]) -> list[Output]:
         positions = positions_of(chunks, self.device)
@@ -36,11 +37,13 @@ class TorchStep:
         x = embedded(self.plan, chunks, positions, self.device).to(self.dtype)
         seen = [x]
         for number, layer in enumerate(self.plan.layers):
-            a = layer.attention
-            h = self._attend(number, a, layer.before_attention(x), angles.get(a.rope or ""), chunks, masks)
-            x = x + (h if layer.after_attention is None else layer.after_attention(h))
-            h = self.feeds[number](layer.before_feed(x))
-            x = x + (h if layer.after_feed is None else layer.after_feed(h))
+            a, feed = layer.attention, self.feeds[number]
+            if a is not None and layer.before_attention is not None:
+                h = self._attend(number, a, layer.before_attention(x), angles.get(a.rope or ""), chunks, masks)
+                x = x + (h if layer.after_attention is None else layer.after_attention(h))
+            if feed is not None and layer.before_feed is not None:
+                h = feed(layer.before_feed(x))
+                x = x + (h if layer.after_feed is None else layer.after_feed(h))
             seen.append(x)
         seen[-1] = self.plan.norm(x)
         return outputs(chunks, seen, x, hidden, head)
@@ -110,8 +113,10 @@ def outputs(
     return found
 
 
-def _feed(layer: Layer, matrices: dict[int, Weight]) -> Callable[[Tensor], Tensor]:
+def _feed(layer: Layer, matrices: dict[int, Weight]) -> Callable[[Tensor], Tensor] | None:
     feed = layer.feed
+    if feed is None:
+        return None
     if not isinstance(feed, Feed):
         module: Any = feed
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

@@ -193,6 +193,8 @@ class DraftLayer(nn.Module):
     @torch.no_grad()
     def _copy(self, last: Layer) -> None:
         a = last.attention
+        assert a is not None
+        assert last.before_feed is not None
         pairs: list[tuple[Any, Tensor]] = [
             (self.qkv.weight, float_weight(a.qkv, "float32", torch.float32).weight),
             (self.out.weight, float_weight(a.out, "float32", torch.float32).weight),
@@ -212,12 +214,12 @@ class DraftLayer(nn.Module):
 
 
 def layer_shape(model: Any) -> LayerShape:
-    """The shape of the base's last layer, by its plan where it has one, else by its config."""
+    """The shape of the base's last whole layer, by its plan where it has one, else by its config."""
     config = model.config.get_text_config()
     width, heads = config.hidden_size, config.num_attention_heads
     feed = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     last = _last(model)
-    if last is None:
+    if last is None or last.attention is None:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or width // heads
         return LayerShape(width, heads, kv_heads, head_dim, feed, "silu", head_dim**-0.5, _frequencies(head_dim))
@@ -234,9 +236,10 @@ def layer_shape(model: Any) -> LayerShape:
 
 def _last(model: Any) -> Layer | None:
     try:
-        return read_plan(model).layers[-1]
+        layers = read_plan(model).layers
     except NotPlanned:
         return None
+    return next((layer for layer in reversed(layers) if layer.attention is not None and layer.feed is not None), None)
 
 
 def _frequencies(head_dim: int) -> tuple[float, ...]:

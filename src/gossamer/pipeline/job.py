@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,26 +117,25 @@ def load_data(config: DataConfig, seed: int) -> Data:
 
     seen = media_rows(Path(str(config.path)))
     rows = seen if seen is not None else [row.as_dict() for row in read_rows(str(config.path))]
-    splits = _split(rows, wanted)
-    digest = hashlib.sha256("\n".join(_key(row) for row in rows).encode()).hexdigest()
+    keys = [_key(row, Path(str(config.path)).parent) for row in rows]
+    splits = _split(rows, keys, wanted)
+    digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
     return Data(splits, {"name": str(config.path), "sha256": digest, "rows": len(rows)})
 
 
-def _split(rows: list[Row], wanted: dict[str, int | None]) -> dict[str, list[Row]]:
-    """One row in five is held out, by the hash of its media name, prompt or text: what is equal stays together."""
+def _split(rows: list[Row], keys: list[str], wanted: dict[str, int | None]) -> dict[str, list[Row]]:
+    """One row in five is held out, by the hash of its key: what is equal stays together."""
     buckets: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
-    for row in rows:
-        place = int(hashlib.sha256(_key(row).encode()).hexdigest(), 16) % 10
+    for row, key in zip(rows, keys, strict=True):
+        place = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
         buckets["test" if place == 0 else "validation" if place == 1 else "train"].append(row)
     return {split: bucket[: wanted[split]] for split, bucket in buckets.items()}
 
 
-def _key(row: Row) -> str:
-    lead = (
-        row.get("video")
-        or row.get("image")
-        or row.get("prompt")
-        or row.get("text")
-        or (row.get("messages") or [None])[0]
-    )
+def _key(row: Row, folder: Path) -> str:
+    """A row's media name, prompt or text. Media names count from the ``folder`` of the rows, wherever that lies."""
+    media = row.get("video") or row.get("image")
+    if media is not None:
+        return json.dumps(os.path.relpath(str(media), folder))
+    lead = row.get("prompt") or row.get("text") or (row.get("messages") or [None])[0]
     return json.dumps(lead, sort_keys=True, ensure_ascii=False)
