@@ -127,7 +127,15 @@ def test_every_recipe_runs_at_tiny_size(recipe, rows_path, tmp_path):
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     done = gossamer("run", str(recipe), "--out", str(tmp_path / "run"), "--json", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["arms"][-1]["name"] == "result"
+    arms = json.loads(done.stdout)["arms"]
+    assert arms[-1]["name"] == "result"
+    if recipe.stem == "light":
+        assert {"untouched", "adapted", "cut", "packed"} <= {arm["name"] for arm in arms}
+        assert all(
+            {"perplexity", "llm_kick facts"} <= arm["values"].keys() for arm in arms if arm["name"] != "few_shot"
+        )
+    done = gossamer("generate", str(tmp_path / "run"), "The function", "--new-tokens", "3")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_generate_and_export(rows_path, tmp_path):
