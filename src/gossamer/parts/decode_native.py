@@ -123,7 +123,7 @@ def load_native(mode: str, path: str | None = None) -> Library | None:
     if isinstance(found, Library):
         return found
     if mode == "require":
-        raise GossamerError("decoding kernels", must="compile", got=found, do="install a C++ compiler and ninja")
+        raise GossamerError("decoding kernels", must="compile", got=found, do="install a C++ compiler such as g++")
     _warn(found)
     return None
 
@@ -150,20 +150,20 @@ def _load(name: str) -> Library | str:
             if not final.exists():
                 _build(final, flags)
         return Library(final, name)
-    except (OSError, RuntimeError, ImportError, StopIteration, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
 def _build(final: Path, flags: list[str]) -> None:
-    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import get_cxx_compiler
 
     with tempfile.TemporaryDirectory(dir=final.parent) as folder:
-        cpp_extension.load(
-            final.stem, [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=folder,
-            is_python_module=False,
-        )  # fmt: skip
-        # torch adds a number to the name of what this process has built before
-        os.replace(next(Path(folder).glob("*.so")), final)
+        made = Path(folder) / final.name
+        command = [get_cxx_compiler(), *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
+        os.replace(made, final)
 
 
 @functools.cache
