@@ -26,6 +26,7 @@ instead of 20 in batches of 8.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import statistics
@@ -34,6 +35,7 @@ import warnings
 from typing import Any
 
 from gossamer.core.bundle import Bundle
+from gossamer.core.errors import InputError
 from gossamer.core.paths import atomic_file
 from gossamer.experiments.compression import _promptkd_fixtures as fixtures
 from gossamer.experiments.lab import Conclusion, Lab, MustSee, Results
@@ -55,7 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "photo_promptkd": {"style": "photo", "teacher_prompt": "promptsrc"},
     "cost": {},
 }
-_RATES = (0.001, 0.005, 0.02, 0.05)
+_RATES = (0.0001, 0.0003, 0.001, 0.005, 0.02, 0.05)
 _KD: dict[str, Any] = {"weight": 200.0, "batch": 16, "augment": False}
 _FEW_SHOT: dict[str, Any] = {"batch": 8, "augment": False}
 
@@ -253,20 +255,25 @@ def _choose(what: str, lab: Lab) -> float:
     from gossamer.pipeline.single import system
 
     data, student = _data("textured", 0, lab, purpose=1), fixtures.pretrained("student", lab).model
-    scores = {}
-    for rate in _RATES:
+
+    def score(rate: float) -> float:
         if what in ("ivlp", "promptsrc"):
             name = "student" if what == "ivlp" else "teacher"
             bundle = fixtures.pretrained(name, lab)
             learnt = dict(zip(("text_prompts", "vision_prompts"),
                               _learn(name, what, data, 0, lab, rate, _epochs(lab, 10)), strict=True))  # fmt: skip
-            scores[rate] = _accuracies(Bundle(bundle.model, bundle.processor, parts=learnt), data)["base"]
-        else:
-            teacher = {"teacher": fixtures.pretrained("teacher", lab)}
-            tune = "all" if what == "full" else "prompts"
-            made = system("promptkd", companions=teacher, teacher_prompt="none", tune=tune, lr=rate,
-                          epochs=_epochs(lab, 4), **_KD).compress(student, data)  # fmt: skip
-            scores[rate] = made.report.values["agreement_with_teacher"]
+            return _accuracies(Bundle(bundle.model, bundle.processor, parts=learnt), data)["base"]
+        teacher = {"teacher": fixtures.pretrained("teacher", lab)}
+        tune = "all" if what == "full" else "prompts"
+        made = system("promptkd", companions=teacher, teacher_prompt="none", tune=tune, lr=rate,
+                      epochs=_epochs(lab, 4), **_KD).compress(student, data)  # fmt: skip
+        agreement: float = made.report.values["agreement_with_teacher"]
+        return agreement
+
+    scores = {}
+    for rate in _RATES:
+        with contextlib.suppress(InputError):  # a rate too high for the loss to stay finite
+            scores[rate] = score(rate)
     lab.log(f"rates for {what}: " + ", ".join(f"{rate:g} {score:.1%}" for rate, score in scores.items()))
     return max(scores, key=lambda rate: scores[rate])
 
