@@ -13,7 +13,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from gossamer.compression.gptq import GPTQ
+from gossamer.core.bundle import Bundle
 from gossamer.core.errors import GossamerError
+from gossamer.decoding.medusa import Medusa
 from gossamer.parts import decode_native
 from gossamer.parts.decode_native import NativeWeight, best_path, load_native
 from gossamer.parts.decode_own import OwnForward
@@ -366,3 +369,24 @@ def test_own_forward_is_not_quantised() -> None:
     with pytest.warns(UserWarning, match="not used"):
         runner = Runner(model, weights="int8")
     assert isinstance(runner._backend, OwnForward)
+
+
+@pytest.mark.filterwarnings("ignore:decoding kernels cannot be built")
+def test_a_packed_model_and_its_drafter_work_without_a_compiler(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(fresh_cache))
+    monkeypatch.delenv("CXX", raising=False)
+    bench = Bench("llama")
+    data = [bench.inputs(8)]
+    model = GPTQ(bits=4, group=32, skip=()).compress(bench.model(), data).model
+    system = Medusa(heads=2, steps=2, batch_size=2, length=16, switch_off=False)
+    runner = system.bind(model).runner
+    assert runner.library is None
+    system.fit(Bundle(model, bench.tokenizer()), bench.rows(("text",)))
+    state = system.open(model, TOKENS)
+    state.room = 10
+    while state.room:
+        system.step(model, [state])
+    assert state.record.guesses
+    assert state.tokens == runner.generate(TOKENS, max_new_tokens=10)

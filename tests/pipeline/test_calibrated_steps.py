@@ -36,5 +36,5 @@ def test_pruned_then_quantised_by_recipe(rows_path, tmp_path):
 
 
 def test_without_data_it_is_refused(tmp_path):
-    with pytest.raises(InputError, match="must hold batches of tokens, got none; .*in a recipe, `data:`"):
+    with pytest.raises(InputError, match=r"must hold batches of tokens, got none; .*in a recipe, `data:`"):
         engine.run(recipe(), out=tmp_path / "run")

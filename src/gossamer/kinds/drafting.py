@@ -122,7 +122,7 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
         windows = capture(
             runner, data, bundle.processor, length=config.length, hidden=self.hidden(model), where=self.name
         )
-        vocabulary = frequent(windows, config.draft_vocab, model.get_output_embeddings().weight.shape[0])
+        vocabulary = frequent(windows, config.draft_vocab, model.get_output_embeddings().out_features)
         self.reading = Reading(model, vocabulary)
         module = self._seeded(model)
         with torch.random.fork_rng(devices=[]):
