@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib
 import math
+import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +20,15 @@ from gossamer.core.evidence import code_hash, evidence_path, experiment_path, pa
 from gossamer.core.paths import cache_dir, write_json
 from gossamer.experiments.lab import Conclusion, Lab, Results
 
+_TIMED = re.compile(r"(^|_)(ms|s|seconds|speed|memory|rss)(_|$)")
+
 
 def prove(name: str, *, quick: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Run the experiment of system ``name`` and return its evidence.
 
-    The full run writes the evidence. ``quick`` runs the same arms at tiny size; where the evidence awaits a recheck and
-    the effect points the same way, it is confirmed.
+    The full run writes the evidence. ``quick`` runs the same arms at tiny size, from nothing kept. Of evidence that is
+    current its figures are noted; evidence that awaits a recheck is confirmed where they are those noted before the
+    change, or where the effect points the same way.
     """
     entry = registry.find(name)
     if not experiment_path(entry).exists():
@@ -32,7 +37,10 @@ def prove(name: str, *, quick: bool = False, log: Callable[[str], None] = print)
     module = importlib.import_module(f"gossamer.experiments.{entry.kind}.{entry.name}")
     code, parts = code_hash(entry), parts_hash(entry)
     folder = cache_dir("prove", name, f"{code}-{parts}-{_device()['id']}", "quick" if quick else "full")
-    table = _table(module, Lab(name, quick=quick, log=log), folder, log)
+    lab = Lab(name, quick=quick, log=log)
+    if quick and not any(folder.iterdir()):
+        shutil.rmtree(lab.folder(), ignore_errors=True)
+    table = _table(module, lab, folder, log)
     conclusion = module.conclude(Results(table))
     if (code, parts) != (code_hash(entry), parts_hash(entry)):
         raise GossamerError(
@@ -42,7 +50,7 @@ def prove(name: str, *, quick: bool = False, log: Callable[[str], None] = print)
     if not quick:
         write_json(evidence_path(entry), evidence)
     else:
-        _confirm(entry, evidence, log)
+        _confirm(entry, evidence, _untimed(table), log)
     return evidence
 
 
@@ -98,18 +106,35 @@ def _evidence(
     }
 
 
-def _confirm(entry: Entry, quick: dict[str, Any], log: Callable[[str], None]) -> None:
-    """A quick pass with an effect of the same sign confirms evidence whose shared parts changed."""
+def _confirm(entry: Entry, quick: dict[str, Any], figures: dict[str, Any], log: Callable[[str], None]) -> None:
+    """See :func:`prove`."""
     recorded = read_evidence(entry)
-    if recorded is None or recorded["code_hash"] != quick["code_hash"] or recorded["parts_hash"] == quick["parts_hash"]:
+    if recorded is None or recorded["code_hash"] != quick["code_hash"]:
         return
-    if quick["effect"] * recorded["effect"] <= 0:
+    if recorded["parts_hash"] == quick["parts_hash"]:
+        if recorded.get("quick") != figures:
+            write_json(evidence_path(entry), {**recorded, "quick": figures})
+        return
+    same = recorded.get("quick") == figures
+    if not same and quick["effect"] * recorded["effect"] <= 0:
         effects = f"{quick['effect']:.3g}, recorded {recorded['effect']:.3g}"
         log(f"{entry.name}: the quick effect does not point as recorded ({effects}); prove it in full")
         return
-    recheck = {"date": quick["date"], "effect": quick["effect"], "parts_hash_before": recorded["parts_hash"]}
-    write_json(evidence_path(entry), {**recorded, "parts_hash": quick["parts_hash"], "recheck": recheck})
+    recheck = {"date": quick["date"], "effect": quick["effect"], "same_figures": same,
+               "parts_hash_before": recorded["parts_hash"]}  # fmt: skip
+    write_json(
+        evidence_path(entry), {**recorded, "parts_hash": quick["parts_hash"], "recheck": recheck, "quick": figures}
+    )
     log(f"{entry.name}: confirmed on the changed parts")
+
+
+def _untimed(table: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, str]]:
+    """Six digits of every figure of the first seed that is no time, speed or size of memory, by arm."""
+    return {
+        arm: {key: f"{value:.6g}" for key, value in next(iter(by_seed.values())).items()
+              if isinstance(value, int | float) and not _TIMED.search(key)}
+        for arm, by_seed in table.items()
+    }  # fmt: skip
 
 
 def _finite(value: float) -> float | None:
