@@ -25,8 +25,9 @@ everywhere and gives a dense model of the same class with hidden_size d', the he
 
 How norms and embedding follow is in :mod:`gossamer.parts.residual_stream`. A recipe is pat, train, merge, save.
 
-Where this differs: at the freezing step ``exact`` turns over the logits that stand between the mask and d' (to 1/2 or
--1/2), where the paper's losses leave the count near the target; norms keep their eps and the stream is scaled instead,
+Where this differs: at the freezing step ``exact`` puts the d' largest logits to 1/2 and the others to -1/2, where the
+paper's losses leave them near that after thousands of steps: what is tuned from then on is the model that stays, also
+in a short run; norms keep their eps and the stream is scaled instead,
 since eps is that of other norms too; d' is a multiple of the number of heads, which stock classes ask for. The untied
 head costs vocabulary times d' numbers: cut the vocabulary of a Gemma first. Inputs given as embeddings pass by the
 first operator.
@@ -74,7 +75,7 @@ class PATConfig(Config):
     budget_weight: float = option(10.0, "weight of the budget term", ge=0)
     identity_weight: float = option(1.0, "weight of the identity term", ge=0)
     trainable_mask: bool = option(True, "learn which channels go; without, the last ones decay")
-    exact: bool = option(True, "meet the number kept exactly when the logits stop; without, merging may refuse")
+    exact: bool = option(True, "where the logits stop, harden them to the number kept; without, merging may refuse")
 
 
 class PAT(ModuleAdapter):

@@ -76,11 +76,10 @@ class Mask(Scheduled):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Turn over as few logits as it takes for exactly the d' largest to be positive."""
-        chosen = torch.zeros_like(self.logits, dtype=torch.bool)
-        chosen[self.logits.topk(self.target).indices] = True
-        self.logits.masked_fill_(chosen & (self.logits < 0), POLE)
-        self.logits.masked_fill_(~chosen & (self.logits >= 0), -POLE)
+        """Put all logits where the polarisation leads: the d' largest to 1/2, the others to -1/2."""
+        poles = torch.full_like(self.logits, -POLE)
+        poles[self.logits.topk(self.target).indices] = POLE
+        self.logits.copy_(poles)
 
     def finish(self) -> None:
         """Settle, and end the schedule now."""

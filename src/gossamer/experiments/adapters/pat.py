@@ -19,7 +19,8 @@ stock class and is faster.
 
 Smaller than the paper: 7M parameters instead of 7B, 200 steps of 4 rows instead of some 10,000 of 128, one task, 3
 seeds (about 16 minutes on one thread). Width 256 with n_e = 16, the paper's share. At 40 % the width is 152, the
-nearest multiple of 8. alpha is 20 instead of 4, since 200 steps are few.
+nearest multiple of 8. alpha is 20 instead of 4, since 200 steps are few. For the same reason logits are hardened where
+they stop: a first run without that tuned a soft mask to 4.02 at 25 %, which rounding took to 4.13.
 """
 
 from __future__ import annotations
