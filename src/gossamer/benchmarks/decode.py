@@ -307,6 +307,7 @@ def _llama_file(name: str, kind: int, pure: bool) -> Path:
     from gossamer.hub.models import packaged
 
     folder = cache_dir("bench")
+    llama_cpp.llama_log_set(_silence(), None)
 
     def quantised(source: Path, stem: str, ftype: int) -> Path:
         final = folder / f"{MODEL}-{stem}.gguf"
@@ -325,6 +326,14 @@ def _llama_file(name: str, kind: int, pure: bool) -> Path:
             for part in packaged(MODEL)[0].read():
                 stream.write(part.read_bytes())
     return quantised(quantised(joined, "f32", 0), name.removeprefix("llama_cpp_"), kind)
+
+
+@functools.cache
+def _silence() -> Any:
+    """What llama.cpp calls with each line of its log; cached, since it keeps no reference."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def _mean_nll(logits: Callable[[list[int]], Tensor], windows: Sequence[list[int]]) -> float:
