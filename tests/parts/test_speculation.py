@@ -297,10 +297,19 @@ def test_a_guess_is_cut_where_a_token_costs_more_than_it_wins(chances: list[floa
     assert pace.worth(chances) == 0.0
     for tokens in (1, 1, 5, 8):
         pace.note(tokens, 10 + slope * tokens)
-    assert pace.line() == pytest.approx((10, slope))
+    assert [pace.of(tokens) for tokens in (1, 3, 20)] == pytest.approx([10 + slope * n for n in (1, 3, 20)])
     rates = [(1 + sum(chances[:n])) / (10 + slope * (1 + n)) for n in range(len(chances) + 1)]
     kept = [chance for chance in chances if chance >= pace.worth(chances)]
     assert kept == chances[: rates.index(max(rates))]
+
+
+def test_steps_of_a_size_that_was_seen_cost_what_they_cost() -> None:
+    """Kernels work on tiles, so cost is no straight line: three guessed tokens may be as cheap as two."""
+    pace = Pace()
+    for tokens, seconds in ((1, 10.0), (3, 13.0), (4, 12.0), (4, 13.0), (4, 14.0), (6, 18.0)):
+        pace.note(tokens, seconds)
+    assert (pace.of(4), pace.of(5), pace.of(2)) == (13.0, 15.5, 11.5)
+    assert pace.worth([0.5, 0.4, 0.1, 0.09, 0.08]) == 0.1
 
 
 def test_pruned_guesses_leave_the_text_alone_and_keep_their_tree() -> None:
@@ -321,7 +330,7 @@ def test_pruned_guesses_leave_the_text_alone_and_keep_their_tree() -> None:
 
     while len(state.tokens) < 27:
         # verifying a token is made out to cost a third of a step
-        speculator.pace.line = lambda: (3.0, 1.0)  # type: ignore[method-assign]
+        speculator.pace.of = lambda tokens: 3.0 + tokens  # type: ignore[method-assign]
         speculator.step(
             [state], draft, lambda *_: None, lambda s, d, o: (sizes.append(len(d.tokens)), settle(s, d, o))[1]
         )

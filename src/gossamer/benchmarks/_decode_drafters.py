@@ -19,7 +19,7 @@ from gossamer.core.paths import cache_dir
 
 KINDS = {"code": "python_source", "prose": "english_prose", "questions": "python_functions"}
 BASES = {"runner_bf16": "bfloat16", "quality_arm": "int8"}
-BUDGET: dict[str, Any] = {"steps": 300, "batch_size": 8, "length": 128, "draft_vocab": 16384, "rate": 1e-3}
+BUDGET: dict[str, Any] = {"steps": 300, "batch_size": 4, "length": 96, "draft_vocab": 8192, "rate": 1e-3}
 DRAFTERS: dict[str, dict[str, Any]] = {
     "prompt_lookup": {},
     "medusa": {"tree": "beam", "top_k": 4, "total_tokens": 8},

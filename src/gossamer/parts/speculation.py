@@ -15,11 +15,11 @@ Guessing is left off while it does not pay: with g tokens emitted by a guessing 
     g / (seconds of drafting and verifying)  >=  1 / (seconds of a plain step)
 
 both measured here as medians, for each number of requests in a step by itself. A request that is left off tries again
-after 16 plain steps, then 32, up to 512. A guess is also cut to the tokens that pay: with steps of n tokens taking
-a + b n seconds, measured too, and c_1 >= c_2 >= ... the chances of the guessed tokens, the first m are verified that
-maximise
+after 16 plain steps, then 32, up to 512. A guess is also cut to the tokens that pay: with t(n) the
+seconds of a step of n tokens, measured too, and c_1 >= c_2 >= ... the chances of the guessed tokens, the first m are
+verified that maximise
 
-    (1 + c_1 + ... + c_m) / (a + b (1 + m))
+    (1 + c_1 + ... + c_m) / t(1 + m)
 
 A chance is the drafter's joint probability, or where it gives none how often guesses so deep were right. None of this
 changes the text.
@@ -27,6 +27,7 @@ changes the text.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import math
@@ -126,33 +127,39 @@ class Record:
 
 
 class Pace:
-    """Seconds of a step by its number of tokens, a straight line through the medians of what was seen."""
+    """Seconds of a step by its number of tokens: medians of what was seen, straight lines between them."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, collections.deque[float]] = collections.defaultdict(_times)
+        self._seen: dict[int, collections.deque[float]] = collections.defaultdict(_times)
+        self._medians: dict[int, float] = {}
 
     def note(self, tokens: int, seconds: float) -> None:
-        self.seen[tokens].append(seconds)
+        self._seen[tokens].append(seconds)
+        self._medians[tokens] = statistics.median(self._seen[tokens])
 
-    def line(self) -> tuple[float, float] | None:
-        """(a, b); ``None`` until two numbers of tokens were seen."""
-        if len(self.seen) < 2:
+    def of(self, tokens: int) -> float | None:
+        """``None`` until two numbers of tokens were seen; beyond them their last line goes on."""
+        if tokens in self._medians:
+            return self._medians[tokens]
+        known = sorted(self._medians)
+        if len(known) < 2:
             return None
-        slope, start = statistics.linear_regression(list(self.seen), [statistics.median(t) for t in self.seen.values()])
-        return max(start, 0.0), max(slope, 0.0)
+        place = min(max(bisect.bisect(known, tokens), 1), len(known) - 1)
+        low, high = known[place - 1], known[place]
+        first, last = self._medians[low], self._medians[high]
+        return max(first + (last - first) * (tokens - low) / (high - low), min(first, last))
 
-    def worth(self, chances: Sequence[float]) -> float:
-        """The least chance that it pays to verify a token for; 0 while the pace is not known."""
-        line = self.line()
-        if line is None:
-            return 0.0
-        start, slope = line
-        gain, best, least = 1.0, 1.0 / (start + slope), math.inf
-        for count, chance in enumerate(sorted(chances, reverse=True), 2):
-            gain += chance
-            rate = gain / (start + slope * count)
-            if rate >= best:
-                best, least = rate, chance
+    def worth(self, chances: Sequence[float], company: int = 0) -> float:
+        """The least chance that it pays to verify a token for, ``company`` tokens being run beside; 0 while the pace is
+        not known."""
+        gain, best, least = 1.0, 0.0, math.inf
+        for count, chance in enumerate((math.inf, *sorted(chances, reverse=True)), 1):
+            seconds = self.of(company + count)
+            if seconds is None:
+                return 0.0
+            gain += chance if count > 1 else 0.0
+            if gain / seconds >= best:
+                best, least = gain / seconds, chance
         return least
 
 
@@ -186,7 +193,7 @@ class Speculator:
         for place, found in zip(guessing, draft([states[n] for n in guessing]) if guessing else [], strict=True):
             state = states[place]
             depth = len(found.tokens) if state.room is None else max(0, state.room - 1)
-            drafts[place] = self._paying(state.record, found.cut(depth, state.past.room - 1))
+            drafts[place] = self._paying(state.record, found.cut(depth, state.past.room - 1), len(states) - 1)
         verifying = time.perf_counter()
         outputs = self.runner.run([_chunk(s, d) for s, d in zip(states, drafts, strict=True)], self.hidden)
         self.pace.note(len(states) + sum(len(guess.tokens) for guess in drafts), time.perf_counter() - verifying)
@@ -219,12 +226,12 @@ class Speculator:
         plain, guessed = self.plain[count], self.guessed[count]
         return statistics.median(guessed) / statistics.median(plain) if len(plain) > 1 and len(guessed) > 1 else None
 
-    def _paying(self, record: Record, guess: Draft) -> Draft:
+    def _paying(self, record: Record, guess: Draft, company: int) -> Draft:
         """The part of a guess that it pays to verify."""
         if not self.switch_off or not guess.tokens:
             return guess
         chances = [math.exp(score) for score in guess.joint] if guess.joint is not None else record.chances(guess)
-        least = self.pace.worth(chances)
+        least = self.pace.worth(chances, company)
         return guess.part([place for place, chance in enumerate(chances) if chance >= least])
 
     def _guessing(self, states: Sequence[Any]) -> list[int]:
