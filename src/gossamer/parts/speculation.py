@@ -15,9 +15,8 @@ Guessing is left off while it does not pay: with g tokens emitted by a guessing 
     g / (seconds of drafting and verifying)  >=  1 / (seconds of a plain step)
 
 both measured here as medians, for each number of requests in a step by itself. A request that is left off tries again
-after 16 plain steps, then 32, up to 512. A guess is also cut to the tokens that pay: with t(n) the
-seconds of a step of n tokens, measured too, and c_1 >= c_2 >= ... the chances of the guessed tokens, the first m are
-verified that maximise
+after 16 plain steps, then 32, up to 512. A guess is also cut to the tokens that pay: with t(n) the seconds of a step of
+n tokens, measured too, and c_1 >= c_2 >= ... the chances of the guessed tokens, the first m are verified that maximise
 
     (1 + c_1 + ... + c_m) / t(1 + m)
 
