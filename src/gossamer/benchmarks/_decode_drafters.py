@@ -22,10 +22,10 @@ BASES = {"runner_bf16": "bfloat16", "quality_arm": "int8"}
 BUDGET: dict[str, Any] = {"steps": 300, "batch_size": 4, "length": 96, "draft_vocab": 8192, "rate": 1e-3}
 DRAFTERS: dict[str, dict[str, Any]] = {
     "prompt_lookup": {},
-    "medusa": {"tree": "beam", "top_k": 4, "total_tokens": 8},
-    "clover": {"tree": "clover", "budget": 8},
-    "chimera": {"tree": "beam", "top_k": 4, "total_tokens": 8},
-    "fspad": {"top_k": 4, "total_tokens": 8},
+    "medusa": {"heads": 3, "tree": "beam", "top_k": 4, "total_tokens": 7},
+    "clover": {"heads": 3, "tree": "clover", "budget": 7},
+    "chimera": {"heads": 3, "depth": 3, "tree": "beam", "top_k": 4, "total_tokens": 7},
+    "fspad": {"depth": 3, "top_k": 4, "total_tokens": 7},
 }
 ROWS, PROMPT, MAX_LENGTH = 500, 48, 1024
 
