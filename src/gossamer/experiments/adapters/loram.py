@@ -91,13 +91,14 @@ def run(arm: str, seed: int, lab: Lab) -> dict[str, float]:
 
 
 def conclude(results: Results) -> Conclusion:
-    """Shown: on both models, LoRAM aligned at ratio 0.5 is below untuned and below its own copy in test loss."""
-    deciding, lines = [], []
+    """Shown: on both models, LoRAM aligned at ratio 0.5 is below untuned and below its own copy in test loss, beyond
+    doubt. (The intervals were asked for after the arms had run; their figures are the same.)"""
+    deciding, lines = list[tuple[str, str]](), list[MustSee]()
     for base, ratio in (("llama", "0.5"), ("llama", "0.75"), ("gemma", "0.5")):
         arm = f"{base}_loram_{ratio}"
         lines.append(_below(results, arm, f"{base}_untuned", "aligned LoRAM beats the untuned model"))
         lines.append(_below(results, arm, f"{base}_small_{ratio}", "aligned LoRAM beats train small, infer small"))
-        deciding += lines[-2:] if ratio == "0.5" else []
+        deciding += [(arm, f"{base}_untuned"), (arm, f"{base}_small_0.5")] if ratio == "0.5" else []
         lines.append(_below(results, arm, f"{arm}_unaligned", "alignment helps"))
     gains = {
         ratio: results.paired(f"llama_loram_{ratio}_unaligned", f"llama_loram_{ratio}", "test_loss")[0]
@@ -113,7 +114,7 @@ def conclude(results: Results) -> Conclusion:
     held = {arm: results.mean(arm, "held") for arm in loss if "untuned" not in arm}
     free = results.paired("llama_loram_unst", "llama_loram_unst_free", "test_loss")
     return Conclusion(
-        shown=all(line.shown for line in deciding),
+        shown=all(results.paired(*pair, "test_loss")[2] < 0 for pair in deciding),
         baseline=f"llama, trained and used small at 0.5: test loss {loss['llama_small_0.5']:.4f}",
         result=f"llama, LoRAM at 0.5: test loss {loss['llama_loram_0.5']:.4f}",
         effect=effect,
