@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from gossamer.parts.decode_runner import Runner
 from gossamer.parts.draft_trees import SHAPE, beam_tree, budget_tree, static_tree
+from gossamer.parts.guessing import Chances, Pace
 from gossamer.parts.requests import Choice, Draft, RequestState
-from gossamer.parts.speculation import FIRST_WAIT, TRIAL, Pace, Record, Speculator, settle
+from gossamer.parts.speculation import FIRST_WAIT, TRIAL, Record, Speculator, settle
 from gossamer.testing.bench import Bench
 
 PROMPT = [7, 30, 51, 98, 200, 11, 45, 12, 8]
@@ -345,3 +347,35 @@ def test_chances_of_a_drafter_that_names_none_are_how_often_it_was_right() -> No
         record.count(Draft([5, 6, 7]), taken, taken + 1, True)
     assert record.chances(Draft([1, 2, 3, 4])) == pytest.approx([4 / 6, 3 / 6, 3 / 6, 1 / 4])
     assert Record().chances(Draft([1, 2])) == [0.5, 0.25]
+
+
+def test_chances_are_the_drafters_own_and_then_what_was_seen() -> None:
+    chances = Chances()
+    logs = [math.log(p) for p in (0.5, 0.3, 0.25, 0.1)]
+    draft = Draft([5, 6, 7, 8], [-1, -1, 0, 2], joint=logs)  # 7 follows 5 (one half), 8 follows 7 (0.4)
+    assert chances.of(draft) == pytest.approx([0.5, 0.3, 0.25, 0.1])
+    for path in ([0, 2], [0], [0, 2, 3]):
+        chances.note(draft, path)
+    # 5 was right in three of three, 7 alike in rank and probability in two of three, 6 never; 8 once of two
+    first = (3 + 2 + 2 * 0.5) / (6 + 2)
+    assert chances.of(draft) == pytest.approx([first, 0.6 / 5, first**2, first**2 * (1 + 2 * 0.4) / 4])
+
+
+@pytest.mark.parametrize("grow", [(beam_tree, 4, 2, 8), (budget_tree, 4, 8, 1.0, 0.0)], ids=["beam", "budget"])
+def test_a_level_below_the_floor_is_not_looked_at(grow: tuple[Any, ...]) -> None:
+    make, *sizes = grow
+    source = Table(torch.full((2, 2), math.log(0.5)), 0)
+    make(source, *sizes, floor=math.log(0.2))
+    assert [depth for *_, depth in source.asked] == [1, 2]
+    make(source, *sizes, floor=math.log(0.6))
+    assert len(source.asked) == 2
+
+
+def test_the_floor_is_what_a_level_of_drafting_costs_in_tokens() -> None:
+    speculator = Speculator(runner_of("llama"))
+    assert speculator.floor == -math.inf
+    state = speculator.open(RequestState(PROMPT))
+    while len(state.tokens) < 12:
+        speculator.step([state], lambda states: [Draft([1, 2])] * len(states), lambda *_: None, settle)
+    assert -math.inf < speculator.floor < math.log(10)
+    assert Speculator(speculator.runner, switch_off=False).floor == -math.inf

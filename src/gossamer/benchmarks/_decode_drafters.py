@@ -15,19 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gossamer.core.bundle import Bundle
-from gossamer.core.paths import cache_dir
+from gossamer.core.paths import cache_dir, write_json
 
 KINDS = {"code": "python_source", "prose": "english_prose", "questions": "python_functions"}
 BASES = {"runner_bf16": "bfloat16", "quality_arm": "int8"}
-BUDGET: dict[str, Any] = {"steps": 300, "batch_size": 4, "length": 96, "draft_vocab": 8192, "rate": 1e-3}
+BUDGET: dict[str, Any] = {"steps": 400, "batch_size": 4, "length": 160, "draft_vocab": 8192, "rate": 1e-3}
 DRAFTERS: dict[str, dict[str, Any]] = {
     "prompt_lookup": {},
-    "medusa": {"heads": 3, "tree": "beam", "top_k": 4, "total_tokens": 7},
-    "clover": {"heads": 3, "tree": "clover", "budget": 7},
-    "chimera": {"heads": 3, "depth": 3, "tree": "beam", "top_k": 4, "total_tokens": 7},
-    "fspad": {"depth": 3, "top_k": 4, "total_tokens": 7},
+    "medusa": {"heads": 5, "tree": "beam", "top_k": 4, "total_tokens": 12},
+    "clover": {"heads": 5, "tree": "clover", "budget": 12},
+    "chimera": {"heads": 5, "depth": 5, "tree": "beam", "top_k": 4, "total_tokens": 12},
+    "fspad": {"depth": 5, "top_k": 4, "total_tokens": 12},
 }
-ROWS, PROMPT, MAX_LENGTH = 500, 48, 1024
+ROWS, PROMPT, OWN, MAX_LENGTH = 400, 48, 64, 1024
+COMPANY = 16  # texts that are continued together
 
 
 def compare(model: Any, tokenizer: Any, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -38,7 +39,7 @@ def compare(model: Any, tokenizer: Any, quick: bool, log: Callable[[str], None])
         name: _fitted(name, options | (budget if name != "prompt_lookup" else {}), bundle, quick, log)
         for name, options in DRAFTERS.items()
     }
-    prompts = {kind: _prompts(tokenizer, name, 1 if quick else 8) for kind, name in KINDS.items()}
+    prompts = {kind: _prompts(tokenizer, name, 1 if quick else 8, "test") for kind, name in KINDS.items()}
     rows = []
     for base, weights in BASES.items():
         for system in systems.values():
@@ -63,7 +64,6 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str, fl
 
 def _fitted(name: str, options: dict[str, Any], bundle: Bundle, quick: bool, log: Callable[[str], None]) -> Any:
     """The drafter, from the cache where it was fitted before."""
-    from gossamer.hub.corpora import load_corpus
     from gossamer.kinds.drafting import FittedDrafter
     from gossamer.pipeline.single import system
 
@@ -76,26 +76,53 @@ def _fitted(name: str, options: dict[str, Any], bundle: Bundle, quick: bool, log
     if folder.exists():
         return type(made).load(folder, bundle)
     log(f"fitting {name}, once")
-    rows = []
-    for corpus in KINDS.values():
-        for row in load_corpus(corpus, limit=count).rows:
-            rows.append({"text": row.get("text") or row["prompt"] + row["completion"]})
     made.bind(bundle.model, weights="int8", max_length=MAX_LENGTH)
-    made.fit(bundle, rows)
+    made.fit(bundle, _own_texts(made.speculator(bundle.model).runner, bundle.processor, count, log))
     made.save(folder)
     return made
 
 
-def _prompts(tokenizer: Any, corpus: str, count: int) -> list[list[int]]:
-    """Beginnings of texts of the test split; of functions the whole question."""
+def _own_texts(runner: Any, tokenizer: Any, count: int, log: Callable[[str], None]) -> list[dict[str, str]]:
+    """Beginnings of texts of the training splits, each continued greedily by the base."""
+    path = cache_dir("bench", "drafters") / f"texts-{count}-{PROMPT}-{OWN}.json"
+    if not path.exists():
+        log(f"{OWN} tokens of the base's own after {count} beginnings of each kind, once")
+        rows = []
+        for corpus in KINDS.values():
+            begun = _prompts(tokenizer, corpus, count, "train")
+            for at in range(0, len(begun), COMPANY):
+                part = begun[at : at + COMPANY]
+                rows += [{"text": tokenizer.decode(ids)} for ids in _continued(runner, part)]
+        write_json(path, rows)
+    found: list[dict[str, str]] = json.loads(path.read_text())
+    return found
+
+
+def _continued(runner: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+    from gossamer.parts.decode_state import Chunk, chain
+
+    texts, states = [list(ids) for ids in prompts], [runner.open() for _ in prompts]
+    for state, ids in zip(states, texts, strict=True):
+        ids.append(int(runner.prefill(state, ids).argmax()))
+    for _ in range(OWN - 1):
+        chunks = [Chunk(state, [ids[-1]], chain(1), "all") for state, ids in zip(states, texts, strict=True)]
+        for ids, out in zip(texts, runner.run(chunks), strict=True):
+            ids.append(int(out.logits[0].argmax()))
+    return [ids[1:] for ids in texts]  # the tokenizer puts its own bos first
+
+
+def _prompts(tokenizer: Any, corpus: str, count: int, split: str) -> list[list[int]]:
+    """Beginnings of texts; of functions the whole question."""
     from gossamer.hub.corpora import load_corpus
 
     found = []
-    for row in load_corpus(corpus, split="test", limit=20 * count).rows:
+    for row in load_corpus(corpus, split=split, limit=20 * count).rows:
         ids = tokenizer(row.get("text") or row["prompt"])["input_ids"]
-        if len(ids) >= PROMPT and (len(ids) < 256 or "text" in row):
+        if len(ids) >= PROMPT and (len(ids) < 4 * PROMPT or "text" in row):
             found.append(ids[:PROMPT] if "text" in row else ids)
-    return found[:count]
+        if len(found) == count:
+            break
+    return found
 
 
 def _turns(

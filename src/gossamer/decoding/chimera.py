@@ -99,10 +99,10 @@ class Chimera(FittedDrafter):
             state.last["h"] = news[0, -1]
         return _Source(self, state)
 
-    def tree(self, source: Source) -> Draft:
+    def tree(self, source: Source, floor: float) -> Draft:
         if self.config.tree == "static":
             return static_tree(source, self.config.depth)
-        return beam_tree(source, self.config.depth, self.config.top_k, self.config.total_tokens)
+        return beam_tree(source, self.config.depth, self.config.top_k, self.config.total_tokens, floor)
 
     def _best(self, z: Tensor) -> Tensor:
         return self.reading.tokens(self.reading(z).argmax(-1))

@@ -137,13 +137,13 @@ class Clover(FittedDrafter):
             state.last["c"] = self.module.augment(s, state.memories)[-1]
         return _Source(self, state.last["c"])
 
-    def tree(self, source: Source) -> Draft:
+    def tree(self, source: Source, floor: float) -> Draft:
         config = self.config
         if config.tree == "static":
             return static_tree(source, config.heads)
         if config.tree == "eagle2":
-            return beam_tree(source, config.heads, max(1, config.budget // 2), config.budget)
-        return budget_tree(source, config.heads, config.budget, config.top_p, config.ratio)
+            return beam_tree(source, config.heads, max(1, config.budget // 2), config.budget, floor)
+        return budget_tree(source, config.heads, config.budget, config.top_p, config.ratio, floor)
 
     def token(self, ids: Tensor) -> Tensor:
         """What the heads are told of guessed tokens."""

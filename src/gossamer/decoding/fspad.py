@@ -113,8 +113,8 @@ class FSPAD(FittedDrafter):
             state.last |= {"p": p, "r": r}
         return _Source(self, state)
 
-    def tree(self, source: Source) -> Draft:
-        return beam_tree(source, self.config.depth, self.config.top_k, self.config.total_tokens)
+    def tree(self, source: Source, floor: float) -> Draft:
+        return beam_tree(source, self.config.depth, self.config.top_k, self.config.total_tokens, floor)
 
     def _check_size(self) -> None:
         config = self.config

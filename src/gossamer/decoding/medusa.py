@@ -74,10 +74,10 @@ class Medusa(FittedDrafter):
             state.last["h"] = news[0, -1]
         return _Source(self, state.last["h"])
 
-    def tree(self, source: Source) -> Draft:
+    def tree(self, source: Source, floor: float) -> Draft:
         if self.config.tree == "static":
             return static_tree(source, self.config.heads)
-        return beam_tree(source, self.config.heads, self.config.top_k, self.config.total_tokens)
+        return beam_tree(source, self.config.heads, self.config.top_k, self.config.total_tokens, floor)
 
 
 class _Source:

@@ -9,6 +9,7 @@ config has ``steps``, ``batch_size``, ``rate``, ``length``, ``draft_vocab`` and 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -87,8 +88,8 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
         """The distributions at the end of a request's text; takes in what :meth:`DraftState.take` gives."""
 
     @abc.abstractmethod
-    def tree(self, source: Source) -> Draft:
-        """The tokens to guess."""
+    def tree(self, source: Source, floor: float) -> Draft:
+        """The tokens to guess; ``floor`` as :mod:`gossamer.parts.draft_trees` takes it."""
 
     def hidden(self, model: Any) -> tuple[int, ...]:
         return (-1,)
@@ -162,8 +163,9 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
 
     @torch.no_grad()
     def draft(self, states: Sequence[Any], k: int) -> list[Draft]:
+        floor = -math.inf if self._bound is None else self._bound[1].floor
         # of a prompt of one token no state is known yet
-        return [self.tree(self.source(state)).cut(k, k) if state.past.length else Draft(()) for state in states]
+        return [self.tree(self.source(state), floor).cut(k, k) if state.past.length else Draft(()) for state in states]
 
     def observe(self, states: Sequence[Any], emitted: Any, hidden: Sequence[Tensor] | None) -> None:
         for state, news in zip(states, hidden or (), strict=True):

@@ -10,12 +10,14 @@ looked at and which tokens are guessed:
 - :func:`budget_tree`: at each place the tokens up to a cumulative probability, none far below the best; of a level's
   candidates the best by joint log-probability while the budget lasts (Clover, arXiv 2405.00263).
 
-Joint scores take the drafter at temperature 1 whatever the sampling is. A child never ranks above its parent, so what
-is kept is a tree. All tokens are chosen, not drawn: ``Draft.probs`` is ``None``.
+A beam and a budget look no further than ``floor``: a level is not asked for where its best place has a lower joint
+log-probability. Joint scores take the drafter at temperature 1 whatever the sampling is. A child never ranks above its
+parent, so what is kept is a tree. All tokens are chosen, not drawn: ``Draft.probs`` is ``None``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -66,7 +68,7 @@ def static_tree(source: Source, depth: int, shape: Sequence[Sequence[int]] = SHA
     return Draft(tokens, parents, joint=joint)
 
 
-def beam_tree(source: Source, depth: int, top_k: int, total: int) -> Draft:
+def beam_tree(source: Source, depth: int, top_k: int, total: int, floor: float = -math.inf) -> Draft:
     """At most ``total`` tokens, ``depth`` deep. Asks the source once a level, for at most ``top_k`` places."""
     seen = list[tuple[float, int, int]]()  # joint score, parent in seen, token
     beams, numbers = [-1], [-1]
@@ -84,11 +86,13 @@ def beam_tree(source: Source, depth: int, top_k: int, total: int) -> Draft:
                 seen.append((score, beam, token))
                 number_of.append(numbers[row])
         ranked = sorted(range(first, len(seen)), key=lambda place: -seen[place][0])[:top_k]
+        if seen[ranked[0]][0] < floor:
+            break
         beams, numbers = ranked, [number_of[place - first] for place in ranked]
     return _best(seen, total)
 
 
-def budget_tree(source: Source, depth: int, budget: int, top_p: float, ratio: float) -> Draft:
+def budget_tree(source: Source, depth: int, budget: int, top_p: float, ratio: float, floor: float = -math.inf) -> Draft:
     """At most ``budget`` tokens. A place's candidates are its best tokens until their probabilities exceed ``top_p``,
     without those below ``ratio`` times the best; a level takes the best of its candidates and leaves the rest of the
     budget to the next."""
@@ -113,7 +117,7 @@ def budget_tree(source: Source, depth: int, budget: int, top_p: float, ratio: fl
         beams = list(range(len(seen), len(seen) + len(candidates)))
         numbers = [number for *_, number in candidates]
         seen += [(score, beam, token) for score, token, beam, _ in candidates]
-        if len(seen) == budget or not beams:
+        if len(seen) == budget or not beams or seen[beams[0]][0] < floor:
             break
     return _best(seen, budget)
 

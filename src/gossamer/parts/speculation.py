@@ -15,18 +15,13 @@ Guessing is left off while it does not pay: with g tokens emitted by a guessing 
     g / (seconds of drafting and verifying)  >=  1 / (seconds of a plain step)
 
 both measured here as medians, for each number of requests in a step by itself. A request that is left off tries again
-after 16 plain steps, then 32, up to 512. A guess is also cut to the tokens that pay: with t(n) the seconds of a step of
-n tokens, measured too, and c_1 >= c_2 >= ... the chances of the guessed tokens, the first m are verified that maximise
-
-    (1 + c_1 + ... + c_m) / t(1 + m)
-
-A chance is the drafter's joint probability, or where it gives none how often guesses so deep were right. None of this
-changes the text.
+after 16 plain steps, then 32, up to 512. A guess is also cut to the tokens that pay (:mod:`~gossamer.parts.guessing`),
+and a drafter is told of the least joint probability of a place at which looking a level deeper does: with s the seconds
+of a level and r the tokens a second of guessing steps, s r. None of this changes the text.
 """
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
 import math
@@ -39,11 +34,11 @@ from torch import Tensor
 
 from gossamer.parts.decode_runner import BLOCK, Runner
 from gossamer.parts.decode_state import Chunk, chain, tree_from
+from gossamer.parts.guessing import Chances, Pace, Times
 from gossamer.parts.requests import Draft
 
 TRIAL = 8  # guessing steps by which a request is judged
 FIRST_WAIT, LAST_WAIT = 16, 512  # plain steps until the next trial
-_TIMES = 16  # that a median is taken of
 
 Drafting = Callable[[Sequence[Any]], Sequence[Draft]]
 Observing = Callable[[Sequence[Any], Sequence[Sequence[int]], Sequence[Tensor] | None], None]
@@ -125,43 +120,6 @@ class Record:
         }
 
 
-class Pace:
-    """Seconds of a step by its number of tokens: medians of what was seen, straight lines between them."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, collections.deque[float]] = collections.defaultdict(_times)
-        self._medians: dict[int, float] = {}
-
-    def note(self, tokens: int, seconds: float) -> None:
-        self._seen[tokens].append(seconds)
-        self._medians[tokens] = statistics.median(self._seen[tokens])
-
-    def of(self, tokens: int) -> float | None:
-        """``None`` until two numbers of tokens were seen; beyond them their last line goes on."""
-        if tokens in self._medians:
-            return self._medians[tokens]
-        known = sorted(self._medians)
-        if len(known) < 2:
-            return None
-        place = min(max(bisect.bisect(known, tokens), 1), len(known) - 1)
-        low, high = known[place - 1], known[place]
-        first, last = self._medians[low], self._medians[high]
-        return max(first + (last - first) * (tokens - low) / (high - low), min(first, last))
-
-    def worth(self, chances: Sequence[float], company: int = 0) -> float:
-        """The least chance that it pays to verify a token for, ``company`` tokens being run beside; 0 while the pace is
-        not known."""
-        gain, best, least = 1.0, 0.0, math.inf
-        for count, chance in enumerate((math.inf, *sorted(chances, reverse=True)), 1):
-            seconds = self.of(company + count)
-            if seconds is None:
-                return 0.0
-            gain += chance if count > 1 else 0.0
-            if gain / seconds >= best:
-                best, least = gain / seconds, chance
-        return least
-
-
 class Speculator:
     """Steps requests of a ``runner``. ``hidden`` are the states that :meth:`step` hands to ``observe``; with
     ``switch_off`` requests stop guessing while it does not pay."""
@@ -169,9 +127,18 @@ class Speculator:
     def __init__(self, runner: Runner, *, hidden: Sequence[int] = (), switch_off: bool = True) -> None:
         self.runner, self.hidden, self.switch_off = runner, tuple(hidden), switch_off
         # seconds a step, by the number of requests in it
-        self.plain: dict[int, collections.deque[float]] = collections.defaultdict(_times)
-        self.guessed: dict[int, collections.deque[float]] = collections.defaultdict(_times)
+        self.plain: dict[int, Times] = collections.defaultdict(Times)
+        self.guessed: dict[int, Times] = collections.defaultdict(Times)
         self.pace = Pace()
+        self.chances: dict[bool, Chances] = collections.defaultdict(Chances)  # by whether tokens are sampled
+        self._level, self._rate = Times(), Times()  # seconds of a level of one draft, tokens a second of guessing steps
+
+    @property
+    def floor(self) -> float:
+        """The least joint log-probability of a place that is worth looking behind; minus infinity while not known."""
+        if not self.switch_off or self._level.median is None or self._rate.median is None:
+            return -math.inf
+        return math.log(max(self._level.median * self._rate.median, 1e-9))
 
     def open(self, state: Any) -> Any:
         """Give a :class:`~gossamer.parts.requests.RequestState` what it needs to be stepped here."""
@@ -188,12 +155,15 @@ class Speculator:
         self.read_prompt(states, observe)
         guessing = self._guessing(states)
         began = time.perf_counter()
-        drafts, tried = [Draft(())] * len(states), set(guessing)
+        drafts, tried, levels = [Draft(())] * len(states), set(guessing), 0
         for place, found in zip(guessing, draft([states[n] for n in guessing]) if guessing else [], strict=True):
             state = states[place]
             depth = len(found.tokens) if state.room is None else max(0, state.room - 1)
-            drafts[place] = self._paying(state.record, found.cut(depth, state.past.room - 1), len(states) - 1)
+            levels += _deepest(found)
+            drafts[place] = self._paying(state, found.cut(depth, state.past.room - 1), len(states) - 1)
         verifying = time.perf_counter()
+        if levels:
+            self._level.note((verifying - began) / levels)
         outputs = self.runner.run([_chunk(s, d) for s, d in zip(states, drafts, strict=True)], self.hidden)
         self.pace.note(len(states) + sum(len(guess.tokens) for guess in drafts), time.perf_counter() - verifying)
         emitted, hidden = [], list[Any]()
@@ -202,13 +172,17 @@ class Speculator:
             kept = [0, *(place + 1 for place in path)]
             state.past.keep(kept)
             state.record.count(guess, len(path), len(tokens), place in tried)
+            if guess.joint is not None:
+                self.chances[state.choice.sample].note(guess, path)
             emitted.append(tokens)
             hidden.append(None if out.hidden is None else out.hidden[:, kept])
         observe(states, emitted, hidden if self.hidden else None)
+        seconds = time.perf_counter() - began
         if not guessing:
-            self.plain[len(states)].append(time.perf_counter() - began)
+            self.plain[len(states)].note(seconds)
         elif len(guessing) == len(states):
-            self.guessed[len(states)].append(time.perf_counter() - began)
+            self.guessed[len(states)].note(seconds)
+            self._rate.note(sum(map(len, emitted)) / seconds)
         return emitted
 
     def read_prompt(self, states: Sequence[Any], observe: Observing) -> None:
@@ -223,13 +197,16 @@ class Speculator:
     def cost(self, count: int) -> float | None:
         """Plain steps that a guessing step of ``count`` requests takes the time of; ``None`` where not measured."""
         plain, guessed = self.plain[count], self.guessed[count]
-        return statistics.median(guessed) / statistics.median(plain) if len(plain) > 1 and len(guessed) > 1 else None
+        if len(plain) < 2 or len(guessed) < 2 or not plain.median or guessed.median is None:
+            return None
+        return guessed.median / plain.median
 
-    def _paying(self, record: Record, guess: Draft, company: int) -> Draft:
+    def _paying(self, state: Any, guess: Draft, company: int) -> Draft:
         """The part of a guess that it pays to verify."""
         if not self.switch_off or not guess.tokens:
             return guess
-        chances = [math.exp(score) for score in guess.joint] if guess.joint is not None else record.chances(guess)
+        own = guess.joint is not None
+        chances = self.chances[state.choice.sample].of(guess) if own else state.record.chances(guess)
         least = self.pace.worth(chances, company)
         return guess.part([place for place, chance in enumerate(chances) if chance >= least])
 
@@ -274,7 +251,3 @@ def _deepest(draft: Draft) -> int:
     for parent in draft.tree:
         depths.append(1 if parent < 0 else depths[parent] + 1)
     return max(depths, default=0)
-
-
-def _times() -> collections.deque[float]:
-    return collections.deque(maxlen=_TIMES)
