@@ -72,5 +72,5 @@ def test_drafters_are_compared_with_plain_decoding_on_every_base() -> None:
     assert all(row["ratio"] > 0 for row in rows)
     assert any(row["guessing_steps"] for row in rows if row["drafter"] == "eager")
     lines = _decode_drafters.targets(rows)
-    assert len(lines) == 8
+    assert len(lines) == 11
     assert lines[-1][1] == 1

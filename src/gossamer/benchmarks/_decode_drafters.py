@@ -1,7 +1,8 @@
-"""Drafters beside plain decoding, for ``bench decode``: on bfloat16 and on 8 bits, on code, prose and questions.
+"""Drafters beside plain decoding, for ``bench decode``: on bfloat16, 8 bits and 4 bits, on code, prose and questions.
 
-All trained drafters get one budget: windows of the training splits of the three corpora, labels the base's own
-distribution at 8 bits, the same steps. Prompts come from test packages. Plain decoding and all drafters of a base take
+All trained drafters get one budget: beginnings of training texts of the three kinds, continued by the base, labels its
+own distribution on integer weights, the same steps. The 4-bit model is a base of its own and has its own drafters, as
+a drafter fits one model. Prompts come from test packages. Plain decoding and all drafters of a base take
 turns on each prompt, the prompt's own pass not counted; guessing may switch itself off. A row says how many tokens a
 guessing step emitted, and whether all texts were those of plain decoding.
 """
@@ -18,7 +19,7 @@ from gossamer.core.bundle import Bundle
 from gossamer.core.paths import cache_dir, write_json
 
 KINDS = {"code": "python_source", "prose": "english_prose", "questions": "python_functions"}
-BASES = {"runner_bf16": "bfloat16", "quality_arm": "int8"}
+BASES = {"runner_bf16": "bfloat16", "quality_arm": "int8", "small_arm": "stored"}
 BUDGET: dict[str, Any] = {"steps": 400, "batch_size": 4, "length": 160, "draft_vocab": 8192, "rate": 1e-3}
 DRAFTERS: dict[str, dict[str, Any]] = {
     "prompt_lookup": {},
@@ -31,21 +32,22 @@ ROWS, PROMPT, OWN, MAX_LENGTH = 400, 48, 64, 1024
 COMPANY = 16  # texts that are continued together
 
 
-def compare(model: Any, tokenizer: Any, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A row for each base, drafter and kind of text; ``model`` in bfloat16."""
-    bundle = Bundle(model, tokenizer)
+def compare(model: Any, small: Any, tokenizer: Any, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """A row for each base, drafter and kind of text; ``model`` in bfloat16, ``small`` packed in 4 bits."""
     budget = BUDGET | ({"steps": 2, "batch_size": 2, "length": 16} if quick else {})
-    systems = {
-        name: _fitted(name, options | (budget if name != "prompt_lookup" else {}), bundle, quick, log)
-        for name, options in DRAFTERS.items()
-    }
     prompts = {kind: _prompts(tokenizer, name, 1 if quick else 8, "test") for kind, name in KINDS.items()}
     rows = []
     for base, weights in BASES.items():
+        own = small if base == "small_arm" else model
+        bundle = Bundle(own, tokenizer)
+        systems = {
+            name: _fitted(name, options | (budget if name != "prompt_lookup" else {}), bundle, weights, quick, log)
+            for name, options in DRAFTERS.items()
+        }
         for system in systems.values():
-            system.bind(model, weights=weights, max_length=MAX_LENGTH)
+            system.bind(own, weights=weights, max_length=MAX_LENGTH)
         for kind, texts in prompts.items():
-            rows += _turns(systems, model, texts, 8 if quick else 64, {"base": base, "text": kind})
+            rows += _turns(systems, own, texts, 8 if quick else 64, {"base": base, "text": kind})
         log(f"drafters on {base}: {[(r['drafter'], r['text'], r['ratio']) for r in rows if r['base'] == base]}")
     return rows
 
@@ -53,7 +55,7 @@ def compare(model: Any, tokenizer: Any, quick: bool, log: Callable[[str], None])
 def targets(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str, float]]:
     """(text, value, sign, bound): the best drafter on each kind of text, and the worst that any drafter does."""
     lines = []
-    for base, code, other in (("runner_bf16", 2.0, 1.5), ("quality_arm", 1.25, 1.0)):
+    for base, code, other in (("runner_bf16", 2.0, 1.5), ("quality_arm", 1.25, 1.0), ("small_arm", 1.25, 1.0)):
         for kind in KINDS:
             best = max(row["ratio"] for row in rows if row["base"] == base and row["text"] == kind)
             lines.append((f"best drafter over {base}, {kind}", best, ">=", code if kind == "code" else other))
@@ -62,8 +64,10 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str, fl
     return lines
 
 
-def _fitted(name: str, options: dict[str, Any], bundle: Bundle, quick: bool, log: Callable[[str], None]) -> Any:
-    """The drafter, from the cache where it was fitted before."""
+def _fitted(
+    name: str, options: dict[str, Any], bundle: Bundle, weights: str, quick: bool, log: Callable[[str], None]
+) -> Any:
+    """The drafter, from the cache where it was fitted before; that of a float base learns beside its 8-bit form."""
     from gossamer.kinds.drafting import FittedDrafter
     from gossamer.pipeline.single import system
 
@@ -71,19 +75,20 @@ def _fitted(name: str, options: dict[str, Any], bundle: Bundle, quick: bool, log
     if not isinstance(made, FittedDrafter):
         return made
     count = 4 if quick else ROWS
+    kept = "stored" if weights == "stored" else "int8"
     key = hashlib.sha256(json.dumps([options, count, KINDS], sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_dir("bench", "drafters") / f"{name}-{key}"
+    folder = cache_dir("bench", "drafters") / f"{name}-{kept}-{key}"
     if folder.exists():
         return type(made).load(folder, bundle)
-    log(f"fitting {name}, once")
-    made.bind(bundle.model, weights="int8", max_length=MAX_LENGTH)
+    log(f"fitting {name} beside {kept} weights, once")
+    made.bind(bundle.model, weights=kept, max_length=MAX_LENGTH)
     made.fit(bundle, _own_texts(made.speculator(bundle.model).runner, bundle.processor, count, log))
     made.save(folder)
     return made
 
 
 def _own_texts(runner: Any, tokenizer: Any, count: int, log: Callable[[str], None]) -> list[dict[str, str]]:
-    """Beginnings of texts of the training splits, each continued greedily by the base."""
+    """Beginnings of texts of the training splits, each continued greedily by the first base that asks."""
     path = cache_dir("bench", "drafters") / f"texts-{count}-{PROMPT}-{OWN}.json"
     if not path.exists():
         log(f"{OWN} tokens of the base's own after {count} beginnings of each kind, once")

@@ -75,7 +75,8 @@ def run(quick: bool, log: Callable[[str], None]) -> dict[str, Any]:
         for name, arm in arms.items():
             arm.perplexity = math.exp(arm.nll(windows))
             log(f"{name}: {statistics.median(arm.decoded):.1f} tokens/s, perplexity {arm.perplexity:.3f}")
-        drafted = _decode_drafters.compare(model, tokenizer, quick, log)
+        small = _read(packed_model(tokenizer, *PACKED_ARMS["small_arm"], log))
+        drafted = _decode_drafters.compare(model, small, tokenizer, quick, log)
     finally:
         torch.set_num_threads(threads)
     ratios = _ratios(arms) | {f"{r['drafter']}/{r['base']} {r['text']}": r["ratio"] for r in drafted}
