@@ -3,7 +3,8 @@
 The base is the nursery Llama (8 layers, width 256, vocabulary 8192, float32). Drafters are trained on the same windows
 in the same order: prose and Python that the base was trained on, labels the base's own distribution. They are measured
 on test packages: prompts of prose and of code (a text's first tokens), and questions what a function does. All draft
-from the same 4096 tokens; guessing is never left off, so that figures are of all steps.
+from the same 4096 tokens; guessing is never left off, so that figures are of all steps. Intervals are paired bootstraps
+over all prompts; the drafters of both seeds are in them, two being too few for an interval of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gossamer.experiments.lab import Lab
+import numpy as np
+
+from gossamer.experiments.lab import Lab, Results
 
 KINDS = ("code", "prose", "qa")
 RATES = (1e-3, 3e-3)
@@ -98,13 +101,29 @@ def half(prompts: Mapping[str, Sequence[list[int]]], seed: int) -> dict[str, lis
     return {kind: list(texts[seed % 2 :: 2]) for kind, texts in prompts.items()}
 
 
-def decode(system: Any, model: Any, prompts: Mapping[str, Sequence[list[int]]]) -> dict[str, float]:
-    """Greedy text of all prompts: ``tau`` (tokens a guessing step) in all and by kind, base forwards a token, hit rates
-    by depth (``hit_k``: of steps that took k - 1 drafted tokens, those that took k), and ``same``, the share of prompts
-    with the runner's own plain text."""
+def against(results: Results, arm: str, other: str) -> tuple[float, float, float]:
+    """Tau of ``arm`` less that of ``other``, with its 95 % interval."""
+
+    def table(name: str, figure: str) -> Any:
+        return np.concatenate([np.asarray(one, float) for one in results.values(name, figure)])
+
+    def tau(name: str, draws: Any) -> Any:
+        return table(name, "emitted")[draws].sum(-1) / table(name, "guesses")[draws].sum(-1)
+
+    count = len(table(arm, "guesses"))
+    draws = np.random.default_rng(0).integers(0, count, (4000, count))
+    low, high = np.quantile(tau(arm, draws) - tau(other, draws), [0.025, 0.975])
+    whole = np.arange(count)
+    return float(tau(arm, whole) - tau(other, whole)), float(low), float(high)
+
+
+def decode(system: Any, model: Any, prompts: Mapping[str, Sequence[list[int]]]) -> dict[str, Any]:
+    """Greedy text of all prompts: ``tau`` (tokens a guessing step) in all and by kind, ``emitted`` and ``guesses`` of
+    each prompt, base forwards a token, hit rates by depth (``hit_k``: of steps that took k - 1 drafted tokens, those
+    that took k), and ``same``, the share of prompts with the runner's own plain text."""
     runner = system.speculator(model).runner
     totals: dict[str, list[float]] = {}
-    same = list[bool]()
+    same, emitted, guesses = list[bool](), list[int](), list[int]()
     reached, offered = Counter[int](), Counter[int]()
     for kind, texts in prompts.items():
         counts = [0.0, 0.0, 0.0, 0.0]
@@ -114,6 +133,8 @@ def decode(system: Any, model: Any, prompts: Mapping[str, Sequence[list[int]]]) 
             while state.room:
                 system.step(model, [state])
             record = state.record
+            emitted.append(record.emitted_guessing)
+            guesses.append(record.guesses)
             counts = [a + b for a, b in zip(counts, (record.emitted_guessing, record.guesses, record.steps,
                                                      record.emitted), strict=True)]  # fmt: skip
             for depth, (taken, of) in enumerate(zip(record.accepted, record.offered, strict=True), 1):
@@ -128,7 +149,7 @@ def decode(system: Any, model: Any, prompts: Mapping[str, Sequence[list[int]]]) 
     # of those that took the token before, so that it is the head's own rate
     reached[0] = offered[1]
     figures |= {f"hit_{depth}": reached[depth] / max(1, reached[depth - 1]) for depth in range(1, 5)}
-    return figures | {"same": statistics.fmean(same), "prompts": float(len(same))}
+    return {**figures, "same": statistics.fmean(same), "prompts": len(same), "emitted": emitted, "guesses": guesses}
 
 
 def sampling(system: Any, model: Any, ids: list[int], quick: bool) -> dict[str, float]:

@@ -36,7 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(arm: str, seed: int, lab: Lab) -> dict[str, float]:
+def run(arm: str, seed: int, lab: Lab) -> dict[str, Any]:
     """Measure one arm; drafters are trained on first use and kept in the lab's folder."""
     from gossamer.decoding.prompt_lookup import PromptLookup
 
@@ -49,9 +49,7 @@ def run(arm: str, seed: int, lab: Lab) -> dict[str, float]:
         texts = [ids for kind in drafting.KINDS for ids in prompts["test"][kind][:4]]
         return drafting.seconds(systems, model, texts, 2 if lab.quick else 12)
     system = PromptLookup(switch_off=False) if arm == "look_up" else _drafter(arm, seed, lab)
-    figures = drafting.decode(system, model, drafting.half(prompts["test"], seed))
-    lab.log(f"{arm} seed {seed}: {figures}")
-    return figures
+    return drafting.decode(system, model, drafting.half(prompts["test"], seed))
 
 
 def conclude(results: Results) -> Conclusion:
@@ -60,7 +58,7 @@ def conclude(results: Results) -> Conclusion:
     same = min(min(results.values(arm, "same")) for arm in tau)
     prompts = int(sum(results.values("chimera", "prompts")))
     p, distance = min(results.values("sampling", "p")), max(results.values("sampling", "distance"))
-    effect, low, high = results.paired("chimera", "medusa", "tau")
+    effect, low, high = drafting.against(results, "chimera", "medusa")
     hits = {arm: [results.mean(arm, f"hit_{k}") for k in range(1, 5)] for arm in ("medusa", "chimera")}
     fall = {arm: rates[0] - rates[3] for arm, rates in hits.items()}
     shown = {arm: " ".join(f"{rate:.2f}" for rate in rates) for arm, rates in hits.items()}
@@ -74,7 +72,7 @@ def conclude(results: Results) -> Conclusion:
         MustSee(
             "tau of Chimera is above Medusa's, that above 1",
             f"{tau['chimera']:.2f} against {tau['medusa']:.2f}, difference {effect:+.2f} [{low:+.2f}, {high:+.2f}]",
-            effect > 0 and tau["medusa"] > 1,
+            low > 0 and tau["medusa"] > 1,
         ),
         MustSee(
             "ablations are lower",

@@ -40,7 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
 _OWN = ("eagle", "eagle_wide", "eagle_fs", "eagle_pad", "fspad")
 
 
-def run(arm: str, seed: int, lab: Lab) -> dict[str, float]:
+def run(arm: str, seed: int, lab: Lab) -> dict[str, Any]:
     """Measure one arm; drafters are trained on first use and kept in the lab's folder."""
     bundle, _, prompts = drafting.fixture(lab.quick)
     model = bundle.model
@@ -54,7 +54,6 @@ def run(arm: str, seed: int, lab: Lab) -> dict[str, float]:
     figures = drafting.decode(system, model, drafting.half(prompts["test"], seed))
     if arm in _OWN:
         figures |= _predictions(system, lab)
-    lab.log(f"{arm} seed {seed}: {figures}")
     return figures
 
 
@@ -65,7 +64,8 @@ def conclude(results: Results) -> Conclusion:
     same = min(min(results.values(arm, "same")) for arm in arms)
     prompts = int(sum(results.values("fspad", "prompts")))
     p, distance = min(results.values("sampling", "p")), max(results.values("sampling", "distance"))
-    effect, low, high = results.paired("fspad", "eagle", "tau")
+    effect, low, high = drafting.against(results, "fspad", "eagle")
+    wide = drafting.against(results, "fspad", "eagle_wide")
     middle = (tau["eagle_fs"], tau["eagle_pad"])
     first = {arm: results.mean(arm, "first") for arm in _OWN}
     gap = {arm: results.mean(arm, "gap") for arm in _OWN}
@@ -79,8 +79,9 @@ def conclude(results: Results) -> Conclusion:
         ),
         MustSee(
             "FSPAD is above EAGLE, and above EAGLE of its size",
-            f"difference {effect:+.3f} [{low:+.3f}, {high:+.3f}]; of its size {tau['fspad'] - tau['eagle_wide']:+.3f}",
-            effect > 0 and tau["fspad"] > tau["eagle_wide"],
+            f"difference {effect:+.3f} [{low:+.3f}, {high:+.3f}]; "
+            f"of its size {wide[0]:+.3f} [{wide[1]:+.3f}, {wide[2]:+.3f}]",
+            low > 0 and wide[1] > 0,
         ),
         MustSee(
             "the accuracy of p is higher with PAD at an equal feature loss",
