@@ -18,7 +18,7 @@ from gossamer.core.bundle import Bundle
 from gossamer.core.errors import GossamerError
 from gossamer.decoding.medusa import Medusa
 from gossamer.parts import decode_native
-from gossamer.parts.decode_native import NativeWeight, best_path, load_native
+from gossamer.parts.decode_native import NativeHalf, NativeWeight, best_path, load_native
 from gossamer.parts.decode_own import OwnForward
 from gossamer.parts.decode_plan import Matrix
 from gossamer.parts.decode_runner import Chunk, Runner, chain
@@ -30,7 +30,7 @@ from gossamer.parts.surgery import Keep, cut, find_blocks
 from gossamer.testing.bench import Bench, _text
 
 DENSE = ("llama", "gemma3", "qwen3", "gpt2")
-PATHS = ("avx512vnni", "avx2", "plain")
+PATHS = ("avx512bf16", "avx512vnni", "avx2", "plain")
 TOKENS = [7, 30, 51, 98, 200, 11, 45, 12, 8]
 PARENTS = [-1, 0, 0, 1, -1, 4, 3, 2]
 NEW = [40, 41, 42, 43, 44, 45, 46, 47]
@@ -140,11 +140,26 @@ def test_integer_products(kind: str) -> None:
     for path in runnable():
         library = load_native("require", path)
         assert library is not None
-        assert library.calls.gossamer_path() == 2 - PATHS.index(path)
+        assert library.calls.gossamer_path() == 3 - PATHS.index(path)
         weight = NativeWeight(form, library)
         y = weight(x)
         torch.testing.assert_close(y.double(), expected, atol=1e-3, rtol=1e-5)
         # a row does not depend on its company
+        assert all(torch.equal(weight(x[i : i + 1])[0], y[i]) for i in (0, 7, 14))
+
+
+@pytest.mark.parametrize(("out", "columns", "bias"), [(48, 96, False), (37, 70, True)])
+def test_bfloat16_products(out: int, columns: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(out)
+    w = torch.randn(out, columns, generator=generator).bfloat16()
+    x, b = torch.randn(15, columns, generator=generator), torch.randn(out, generator=generator) if bias else None
+    expected = x.bfloat16().double() @ w.double().t() + (0 if b is None else b.double())
+    for path in runnable():
+        library = load_native("require", path)
+        assert library is not None
+        weight = NativeHalf(w, b, library)
+        y = weight(x)
+        torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-5)
         assert all(torch.equal(weight(x[i : i + 1])[0], y[i]) for i in (0, 7, 14))
 
 
@@ -262,8 +277,36 @@ def test_a_whole_step_of_a_cut_model_runs_on_the_kernels() -> None:
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_chain_company_and_threads_change_no_bit(family: str) -> None:
-    runner = runner_of(family, "int8", "require")
+def test_bfloat16_on_the_kernels_is_as_near_as_the_model_in_bfloat16(family: str) -> None:
+    native, exact = runner_of(family, "bfloat16", "require"), runner_of(family, "float32", "never")
+    assert native.native == best_path()
+    model = Bench(family).model(seed=3).bfloat16()
+    with torch.no_grad():
+        plain = model(torch.tensor([TOKENS])).logits[0].float()
+    mine, wanted = (r.verify(r.open(), TOKENS).logits for r in (native, exact))
+    assert (mine - wanted).norm() < 1.1 * (plain - wanted).norm()
+
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+@pytest.mark.parametrize("family", DENSE)
+def test_a_path_of_a_tree_gives_the_bits_of_its_tokens_one_by_one(family: str, weights: str) -> None:
+    """Wherever its tokens lie among their siblings, before and behind the ends of blocks of keys."""
+    runner = runner_of(family, weights, "require")
+    for count in range(9, 27):
+        state = runner.open()
+        runner.prefill(state, (TOKENS * 3)[:count])
+        for path in ([0, 2, 7], [0, 1, 3, 6], [4, 5]):
+            plain, tree = state.fork(), state.fork()
+            single = torch.stack([runner.step(plain, NEW[place]) for place in path])
+            assert torch.equal(runner.verify(tree, NEW, PARENTS).logits[path], single)
+            tree.keep(path)
+            assert torch.equal(runner.step(tree, 50), runner.step(plain, 50))
+
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+@pytest.mark.parametrize("family", DENSE)
+def test_chain_company_and_threads_change_no_bit(family: str, weights: str) -> None:
+    runner = runner_of(family, weights, "require")
     state = runner.open()
     runner.prefill(state, TOKENS)
     other, chained = state.fork(), state.fork()

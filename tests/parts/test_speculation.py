@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 from gossamer.parts.decode_runner import Runner
 from gossamer.parts.draft_trees import SHAPE, beam_tree, budget_tree, static_tree
 from gossamer.parts.guessing import Chances, Pace
+from gossamer.parts.look_up import with_copy
 from gossamer.parts.requests import Choice, Draft, RequestState
 from gossamer.parts.speculation import FIRST_WAIT, TRIAL, Record, Speculator, settle
 from gossamer.testing.bench import Bench
@@ -379,3 +381,54 @@ def test_the_floor_is_what_a_level_of_drafting_costs_in_tokens() -> None:
         speculator.step([state], lambda states: [Draft([1, 2])] * len(states), lambda *_: None, settle)
     assert -math.inf < speculator.floor < math.log(10)
     assert Speculator(speculator.runner, switch_off=False).floor == -math.inf
+
+
+def test_a_copy_joins_the_tree_where_both_agree() -> None:
+    ids = [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    drafted = Draft([4, 9, 5], [-1, -1, 0], joint=[-0.1, -2.0, -0.5])
+    joined = with_copy(drafted, ids, 3, 3)
+    assert (joined.tokens, joined.tree) == ([4, 9, 5, 6], [-1, -1, 0, 2])
+    assert joined.copied == [-3, 0, -4, 5]
+    assert joined.joint == pytest.approx([-0.1, -2.0, -0.5, -0.5 + math.log(0.5)])
+    assert with_copy(Draft((), joint=()), ids, 2, 2).tokens == [4, 5]
+    assert with_copy(drafted, [1, 2, 3], 3) is drafted
+    drawn = dataclasses.replace(drafted, probs=torch.zeros(3, 12))
+    assert with_copy(drawn, ids, 3) is drawn
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_copies_beside_a_drafter_leave_the_text_alone(sample: bool) -> None:
+    runner, ids = runner_of("llama"), PROMPT * 2
+    choice = lambda: Choice((lambda _, scores: scores / 3,), sample, torch.Generator().manual_seed(5))  # noqa: E731
+    truth = list(runner.stream(ids, max_new_tokens=60, choice=choice()))
+    speculator, copies = Speculator(runner, look_up=3), list[int]()
+    state = speculator.open(RequestState(ids))
+    state.choice, state.room = choice(), 60
+
+    def settling(state: RequestState, guess: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        copies.append(sum(mark > 0 for mark in guess.copied or ()))
+        return settle(state, guess, logits)
+
+    def draft(states: list[RequestState]) -> list[Draft]:
+        return [Draft([3, 4], joint=[-0.2, -0.4])] * len(states)
+
+    while state.room:
+        speculator.step([state], draft, lambda *_: None, settling)
+    assert state.tokens == truth
+    assert any(copies)
+
+
+def test_copies_go_on_where_the_drafter_is_left_off() -> None:
+    speculator = Speculator(runner_of("llama"), look_up=3)
+    state = speculator.open(RequestState(PROMPT * 2))
+    state.record.wait = 5
+    seen = list[int]()
+    for _ in range(5):
+        speculator.step(
+            [state],
+            lambda states: pytest.fail("asked"),
+            lambda *_: None,
+            lambda s, d, o: (seen.append(len(d.tokens)), settle(s, d, o))[1],
+        )
+    assert any(seen)
+    assert len(speculator.plain[1]) == 5

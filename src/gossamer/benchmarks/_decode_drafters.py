@@ -2,9 +2,11 @@
 
 All trained drafters get one budget: beginnings of training texts of the three kinds, continued by the base, labels its
 own distribution on integer weights, the same steps. The 4-bit model is a base of its own and has its own drafters, as
-a drafter fits one model. Prompts come from test packages. Plain decoding and all drafters of a base take
-turns on each prompt, the prompt's own pass not counted; guessing may switch itself off. A row says how many tokens a
-guessing step emitted, and whether all texts were those of plain decoding.
+a drafter fits one model. Beside all of them goes what prompt look-up finds.
+
+Prompts come from test packages. Plain decoding and all drafters of a base take turns on each prompt, the prompt's own
+pass not counted; guessing may switch itself off. A row says how many tokens a guessing step emitted, and whether all
+texts were those of plain decoding.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {
 }
 ROWS, PROMPT, OWN, MAX_LENGTH = 400, 48, 64, 1024
 COMPANY = 16  # texts that are continued together
+LOOK_UP = 3  # tokens that are looked for in what came before
 
 
 def compare(model: Any, small: Any, tokenizer: Any, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -45,7 +48,7 @@ def compare(model: Any, small: Any, tokenizer: Any, quick: bool, log: Callable[[
             for name, options in DRAFTERS.items()
         }
         for system in systems.values():
-            system.bind(own, weights=weights, max_length=MAX_LENGTH)
+            system.bind(own, weights=weights, max_length=MAX_LENGTH, look_up=LOOK_UP)
         for kind, texts in prompts.items():
             rows += _turns(systems, own, texts, 8 if quick else 64, {"base": base, "text": kind})
         log(f"drafters on {base}: {[(r['drafter'], r['text'], r['ratio']) for r in rows if r['base'] == base]}")
@@ -97,23 +100,12 @@ def _own_texts(runner: Any, tokenizer: Any, count: int, log: Callable[[str], Non
             begun = _prompts(tokenizer, corpus, count, "train")
             for at in range(0, len(begun), COMPANY):
                 part = begun[at : at + COMPANY]
-                rows += [{"text": tokenizer.decode(ids)} for ids in _continued(runner, part)]
+                made = runner.generate_many(part, max_new_tokens=OWN)
+                # the tokenizer puts its own bos first
+                rows += [{"text": tokenizer.decode(ids[1:] + new)} for ids, new in zip(part, made, strict=True)]
         write_json(path, rows)
     found: list[dict[str, str]] = json.loads(path.read_text())
     return found
-
-
-def _continued(runner: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
-    from gossamer.parts.decode_state import Chunk, chain
-
-    texts, states = [list(ids) for ids in prompts], [runner.open() for _ in prompts]
-    for state, ids in zip(states, texts, strict=True):
-        ids.append(int(runner.prefill(state, ids).argmax()))
-    for _ in range(OWN - 1):
-        chunks = [Chunk(state, [ids[-1]], chain(1), "all") for state, ids in zip(states, texts, strict=True)]
-        for ids, out in zip(texts, runner.run(chunks), strict=True):
-            ids.append(int(out.logits[0].argmax()))
-    return [ids[1:] for ids in texts]  # the tokenizer puts its own bos first
 
 
 def _prompts(tokenizer: Any, corpus: str, count: int, split: str) -> list[list[int]]:

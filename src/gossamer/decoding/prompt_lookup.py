@@ -13,6 +13,7 @@ from typing import Any
 from gossamer.core.card import Card
 from gossamer.core.options import Config, option
 from gossamer.kinds.decoding import Draft, DrafterDecoding, RequestState
+from gossamer.parts.look_up import with_copy
 
 CARD = Card(
     title="Prompt look-up",
@@ -43,14 +44,4 @@ class PromptLookup(DrafterDecoding):
         return RequestState(prompt)
 
     def draft(self, states: Sequence[Any], k: int) -> list[Draft]:
-        return [Draft(_continuation(state.ids, self.config.ngram, k)) for state in states]
-
-
-def _continuation(ids: list[int], longest: int, count: int) -> list[int]:
-    """At most ``count`` tokens after the latest earlier occurrence of the longest suffix."""
-    for size in range(min(longest, len(ids) - 1), 0, -1):
-        suffix = ids[-size:]
-        for start in range(len(ids) - size - 1, -1, -1):
-            if ids[start : start + size] == suffix:
-                return ids[start + size : start + size + count]
-    return []
+        return [with_copy(Draft((), joint=()), state.ids, self.config.ngram, k) for state in states]

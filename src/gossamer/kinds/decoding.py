@@ -313,9 +313,11 @@ class DrafterDecoding(_OwnSteps):
         self.bind(model, **runner)
         return Drafter(self, model, tokenizer)
 
-    def bind(self, model: Any, **runner: Any) -> Speculator:
-        """Step the requests of ``model`` on a new runner with these options; before ``fit`` it learns from that one."""
-        bound = Speculator(Runner(model, **runner), hidden=self.hidden(model), switch_off=self.switch_off)
+    def bind(self, model: Any, *, look_up: int = 0, **runner: Any) -> Speculator:
+        """Step the requests of ``model`` on a new runner with these options; before ``fit`` it learns from that one.
+        ``look_up`` as :class:`~gossamer.parts.speculation.Speculator` has it."""
+        hidden = self.hidden(model)
+        bound = Speculator(Runner(model, **runner), hidden=hidden, switch_off=self.switch_off, look_up=look_up)
         self._bound = (model, bound)
         return bound
 

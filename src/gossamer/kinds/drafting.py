@@ -153,8 +153,8 @@ class FittedDrafter(FittedSystem, DrafterDecoding):
         self.module.eval()
         self._quicken()
 
-    def bind(self, model: Any, **runner: Any) -> Speculator:
-        bound = super().bind(model, **runner)
+    def bind(self, model: Any, *, look_up: int = 0, **runner: Any) -> Speculator:
+        bound = super().bind(model, look_up=look_up, **runner)
         self._quicken()
         return bound
 

@@ -1,4 +1,4 @@
-// Kernels of the decoding runner: integer matrices in groups of 32, and one whole step of a decoder.
+// Kernels of the decoding runner: integer matrices in groups of 32, bfloat16 ones, and one whole step of a decoder.
 //
 // A matrix w = q s + m (decode_weights.py) lies in blocks of 16 rows. For each group of 32 inputs a block holds 8 (bits
 // 4: 4) vectors of 64 bytes; byte 4 r + k of vector v is the code of row r and input 4 v + k, plus 128 (bits 4: plus 8;
@@ -6,8 +6,10 @@
 // and nothing is added across lanes. Sums are integers; the float sum over groups runs in one order whatever the number
 // of rows and threads, and so does attention: what a token gives does not depend on its company.
 //
+// A bfloat16 matrix lies in blocks of 16 rows too, [columns / 2, 16 rows, 2]; its activations are rounded to bfloat16.
+//
 // Keys lie as [kv heads, blocks, head_dim, 16 keys], values as [kv heads, keys, head_dim].
-// Paths: AVX512-VNNI, AVX2, and plain C++ for others; vector types of GCC and Clang do the rest.
+// Paths: AVX512-VNNI, with AVX512-BF16 or not, AVX2, and plain C++ for others; vector types of GCC and Clang do the rest.
 
 #include <algorithm>
 #include <cmath>
@@ -28,7 +30,7 @@ typedef uint8_t B64 __attribute__((vector_size(64)));
 extern "C" {
 
 struct Matrix {
-  const uint8_t* codes;
+  const uint8_t* codes;  // bits 16: bfloat16 weights, without scales and minima
   const void* scales;   // bfloat16, or float where wide, [blocks, groups, 16]
   const float* minima;  // [blocks, groups, 16] or null
   const float* bias;    // [out] or null
@@ -113,12 +115,14 @@ inline F16 exponential(F16 x) {
   return x < low ? F16{} : p * power;
 }
 
-struct Rows {  // activations as integers
+struct Rows {  // activations as integers, or as bfloat16
   std::vector<int8_t> codes;
   std::vector<float> scales;
   std::vector<int32_t> sums;
+  std::vector<uint16_t> halves;
   void reserve(size_t rows, size_t columns) {
     codes.resize(std::max(codes.size(), rows * columns));
+    halves.resize(codes.size());
     scales.resize(std::max(scales.size(), rows * columns / kGroup));
     sums.resize(scales.size());
   }
@@ -142,6 +146,40 @@ void quantise(const float* x, int columns, int row, Rows& to) {
     to.scales[(size_t)row * groups + g] = top / 127.0f;
     to.sums[(size_t)row * groups + g] = sum;
   }
+}
+
+void narrow(const float* x, int columns, int row, Rows& to) {
+  uint16_t* halves = to.halves.data() + (size_t)row * columns;
+  for (int i = 0; i < columns; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    halves[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to even
+  }
+}
+
+// activations of one row as the matrix takes them
+void prepare(const Matrix& m, const float* x, int row, Rows& to) {
+  if (m.bits == 16) narrow(x, m.columns, row, to);
+  else quantise(x, m.columns, row, to);
+}
+
+// sum of 2 products a lane, of bfloat16 pairs
+inline F16 dot2(F16 sum, B64 weights, uint32_t two) {
+#if defined(__AVX512BF16__)
+  return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(two));
+#else
+  I16 words;
+  std::memcpy(&words, &weights, sizeof words);
+  const I16 first = words << 16, second = words & (int32_t)0xffff0000;
+  F16 a, b;
+  std::memcpy(&a, &first, sizeof a);
+  std::memcpy(&b, &second, sizeof b);
+  const uint32_t low = two << 16, high = two & 0xffff0000;
+  float x, y;
+  std::memcpy(&x, &low, 4);
+  std::memcpy(&y, &high, 4);
+  return (sum + a * x) + b * y;
+#endif
 }
 
 // sum of 4 products a lane, of unsigned codes (of 8 bits on AVX2: of signed ones) with 4 signed activations
@@ -236,20 +274,52 @@ void block_times_rows(const Matrix& m, const Rows& a, int block, int row, float*
   }
 }
 
+template <int T>
+void block_times_halves(const Matrix& m, const Rows& a, int block, int row, float* y) {
+  const int pairs = m.columns / 2;
+  const uint8_t* weights = m.codes + (size_t)block * pairs * sizeof(B64);
+  F16 even[T] = {}, odd[T] = {};
+  for (int p = 0; p < pairs; p += 2) {
+    B64 first, second;
+    std::memcpy(&first, weights + p * sizeof(B64), sizeof first);
+    std::memcpy(&second, weights + (p + 1) * sizeof(B64), sizeof second);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+      uint32_t x[2];
+      std::memcpy(x, a.halves.data() + (size_t)(row + t) * m.columns + 2 * p, sizeof x);
+      even[t] = dot2(even[t], first, x[0]);
+      odd[t] = dot2(odd[t], second, x[1]);
+    }
+  }
+  const int first = block * kLanes, count = std::min(kLanes, m.out - first);
+  for (int t = 0; t < T; t++) {
+    const F16 sum = even[t] + odd[t];
+    float* to = y + (size_t)(row + t) * m.out + first;
+    for (int i = 0; i < count; i++) to[i] = sum[i] + (m.bias ? m.bias[first + i] : 0.0f);
+  }
+}
+
+template <int BITS, int T>
+inline void block_times(const Matrix& m, const Rows& a, int block, int row, float* y) {
+  if constexpr (BITS == 16) block_times_halves<T>(m, a, block, row, y);
+  else block_times_rows<BITS, T>(m, a, block, row, y);
+}
+
 template <int BITS>
 void multiply_by(const Matrix& m, const Rows& a, int rows, float* y, int thread, int threads) {
   const int64_t blocks = (m.out + kLanes - 1) / kLanes;
   for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
     int row = 0;
-    for (; row + 8 <= rows; row += 8) block_times_rows<BITS, 8>(m, a, block, row, y);
-    if (row + 4 <= rows) block_times_rows<BITS, 4>(m, a, block, row, y), row += 4;
-    if (row + 2 <= rows) block_times_rows<BITS, 2>(m, a, block, row, y), row += 2;
-    if (row < rows) block_times_rows<BITS, 1>(m, a, block, row, y);
+    for (; row + 8 <= rows; row += 8) block_times<BITS, 8>(m, a, block, row, y);
+    if (row + 4 <= rows) block_times<BITS, 4>(m, a, block, row, y), row += 4;
+    if (row + 2 <= rows) block_times<BITS, 2>(m, a, block, row, y), row += 2;
+    if (row < rows) block_times<BITS, 1>(m, a, block, row, y);
   }
 }
 
 void multiply(const Matrix& m, const Rows& a, int rows, float* y, int thread, int threads) {
-  if (m.bits == 8) multiply_by<8>(m, a, rows, y, thread, threads);
+  if (m.bits == 16) multiply_by<16>(m, a, rows, y, thread, threads);
+  else if (m.bits == 8) multiply_by<8>(m, a, rows, y, thread, threads);
   else multiply_by<4>(m, a, rows, y, thread, threads);
 }
 
@@ -366,11 +436,17 @@ void attend(const Layer& l, const Span& span, int kv, int first, int count, cons
       top = v > top ? v : top;
     }
     const float high = largest(top);
+    // each place adds to the lane of its position: tokens of a tree lie elsewhere than they would in a chain
+    const int settled = span.visible ? span.past : to;
     for (size_t j = 0; j < stride; j += kLanes) {
       const F16 v = exponential(load(s + j) - high);
       store(s + j, v);
-      sum += v;
+      if (from + (int)j + kLanes <= settled) sum += v;
+      else
+        for (int i = 0; from + (int)j + i < settled; i++) sum[i] += v[i];
     }
+    for (int j = settled; j < std::min(to, span.past + span.rows); j++)
+      sum[(span.past + span.depths[j - span.past]) % kLanes] += s[j - from];
     inverse[t] = 1.0f / total(sum);
   }
   for (int at = 0; at < d;) {
@@ -389,7 +465,9 @@ void attend(const Layer& l, const Span& span, int kv, int first, int count, cons
 }  // namespace
 
 extern "C" int gossamer_path() {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512BF16__)
+  return 3;
+#elif defined(__AVX512VNNI__)
   return 2;
 #elif defined(__AVX2__)
   return 1;
@@ -405,7 +483,7 @@ extern "C" void gossamer_linear(const Matrix* m, const float* x, int rows, float
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    for (int row = thread; row < rows; row += team) quantise(x + (size_t)row * m->columns, m->columns, row, a);
+    for (int row = thread; row < rows; row += team) prepare(*m, x + (size_t)row * m->columns, row, a);
 #pragma omp barrier
     multiply(*m, a, rows, y, thread, team);
   }
@@ -440,7 +518,7 @@ extern "C" void gossamer_step(const Model* model, const Span* spans, int count, 
         const int d = l.head_dim, group = l.heads / l.kv_heads, heads = l.heads + 2 * l.kv_heads;
         for (size_t r = mine; r < after; r++) {
           normalise(l.before_attention, x + r * width, &line[r * columns], width);
-          quantise(&line[r * columns], width, r, a);
+          prepare(l.qkv, &line[r * columns], r, a);
         }
 #pragma omp barrier
         multiply(l.qkv, a, n, qkv.data(), thread, team);
@@ -465,7 +543,7 @@ extern "C" void gossamer_step(const Model* model, const Span* spans, int count, 
                        spans[s].keys[i], spans[s].values[i], &mixed[start * l.heads * d], scratch);
         }
 #pragma omp barrier
-        for (size_t r = mine; r < after; r++) quantise(&mixed[r * l.heads * d], l.heads * d, r, a);
+        for (size_t r = mine; r < after; r++) prepare(l.out, &mixed[r * l.heads * d], r, a);
 #pragma omp barrier
         multiply(l.out, a, n, h.data(), thread, team);
 #pragma omp barrier
@@ -477,14 +555,14 @@ extern "C" void gossamer_step(const Model* model, const Span* spans, int count, 
       if (l.up.out) {
         for (size_t r = mine; r < after; r++) {
           normalise(l.before_feed, x + r * width, &line[r * columns], width);
-          quantise(&line[r * columns], width, r, a);
+          prepare(l.up, &line[r * columns], r, a);
         }
 #pragma omp barrier
         multiply(l.up, a, n, up.data(), thread, team);
 #pragma omp barrier
         for (size_t r = mine; r < after; r++) {
           activate(l, &up[r * l.up.out], &line[r * columns], l.down.columns);
-          quantise(&line[r * columns], l.down.columns, r, a);
+          prepare(l.down, &line[r * columns], r, a);
         }
 #pragma omp barrier
         multiply(l.down, a, n, h.data(), thread, team);

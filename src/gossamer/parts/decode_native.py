@@ -15,6 +15,7 @@ import platform
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,8 +30,10 @@ from gossamer.parts.decode_weights import GROUP, Codes, rounded
 
 SOURCE = Path(__file__).with_name("decode_kernels.cpp")
 _COMMON = ("-O3", "-std=c++20", "-fopenmp", "-Wno-psabi")
+_VNNI = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx2", "fma")
 _NEEDS = {
-    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx2", "fma"),
+    "avx512bf16": (*_VNNI, "avx512_bf16"),
+    "avx512vnni": _VNNI,
     "avx2": ("avx2", "fma"),
     "plain": (),
 }
@@ -46,7 +49,7 @@ class MatrixStruct(ctypes.Structure):
 
 
 class Library:
-    """The loaded kernels; ``name`` is the path compiled in: avx512vnni, avx2 or plain."""
+    """The loaded kernels; ``name`` is the path compiled in: avx512bf16, avx512vnni, avx2 or plain."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name, self.path = name, path
@@ -61,20 +64,37 @@ class Library:
         return y
 
 
-class NativeWeight:
-    """An integer matrix in the layout of the kernels. Float32 in and out."""
+class NativeMatrix:
+    """A matrix in the layout of the kernels. Float32 in and out."""
 
-    def __init__(self, form: Codes, library: Library) -> None:
-        self.library, self.inputs = library, form.inputs
-        self.tensors = (_codes(form), _blocks(form.scales), None if form.minima is None else _blocks(form.minima),
-                        None if form.bias is None else form.bias.float().contiguous())  # fmt: skip
+    def __init__(self, tensors: Sequence[Tensor | None], shape: tuple[int, int], bits: int, inputs: int, lib: Library):
+        self.library, self.inputs, self.tensors = lib, inputs, tuple(tensors)
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
-        out, columns = form.codes.shape
-        wide = form.scales.dtype == torch.float32
-        self.struct = MatrixStruct(*map(address, self.tensors), out, columns, form.bits, wide)
+        wide = tensors[1] is not None and tensors[1].dtype == torch.float32
+        self.struct = MatrixStruct(*map(address, self.tensors), *shape, bits, wide)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.library.linear(self.struct, F.pad(x.float(), (0, self.struct.columns - x.shape[1])).contiguous())
+
+
+class NativeHalf(NativeMatrix):
+    """A bfloat16 matrix [out, in]; activations are rounded to bfloat16 on the way, sums are float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, library: Library) -> None:
+        padded = _padded(F.pad(weight, (0, -weight.shape[1] % GROUP)))
+        pairs = padded.view(-1, LANES, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+        own = None if bias is None else bias.float().contiguous()
+        super().__init__((pairs, None, None, own), (len(weight), padded.shape[1]), 16, weight.shape[1], library)
+
+
+class NativeWeight(NativeMatrix):
+    """An integer matrix."""
+
+    def __init__(self, form: Codes, library: Library) -> None:
+        tensors = (_codes(form), _blocks(form.scales), None if form.minima is None else _blocks(form.minima),
+                   None if form.bias is None else form.bias.float().contiguous())  # fmt: skip
+        out, columns = form.codes.shape
+        super().__init__(tensors, (out, columns), form.bits, form.inputs, library)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Restored rows float32 [n, in]."""

@@ -1,4 +1,5 @@
-"""One step of the decoding runner as one call of the compiled kernels: all layers, integer weights, float32 between.
+"""One step of the decoding runner as one call of the compiled kernels: all layers, integer or bfloat16 weights, float32
+between.
 
 Nothing is dispatched between two matrices, which is most of what a small model's step costs in torch. What a request
 gives does not depend on the number of threads, on its company, or on whether tokens come as a chain or one by one.
@@ -8,16 +9,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from gossamer.parts.decode_native import Library, MatrixStruct, NativeWeight, address
+from gossamer.parts.decode_native import Library, MatrixStruct, NativeMatrix, address
 from gossamer.parts.decode_plan import Feed, Layer, Norm, Plan
 from gossamer.parts.decode_state import BEFORE_NORM, LANES, Chunk, Output, State
 from gossamer.parts.decode_step import embedded, outputs, positions_of
-from gossamer.parts.decode_weights import GROUP, Weight
+from gossamer.parts.decode_weights import GROUP, FloatWeight, Weight
 
 _ACTS = ("silu", "gelu_tanh", "gelu")
 _NORMS = ("before_attention", "after_attention", "before_feed", "after_feed", "q_norm", "k_norm")
@@ -60,7 +61,7 @@ class ModelStruct(ctypes.Structure):
 
 
 def native_fits(plan: Plan, matrices: dict[int, Weight]) -> bool:
-    """Whether the kernels know every layer: dense, integer matrices, widths in whole vectors."""
+    """Whether the kernels know every layer: dense, integer or bfloat16 matrices, widths in whole vectors."""
 
     def ready(layer: Layer) -> bool:
         feed, a = layer.feed, layer.attention
@@ -70,10 +71,17 @@ def native_fits(plan: Plan, matrices: dict[int, Weight]) -> bool:
         if isinstance(feed, Feed):
             found += [feed.up, feed.down]
         weights = [matrices[id(m)] for m in found]
-        fits = all(isinstance(w, NativeWeight) and w.inputs % GROUP == 0 for w in weights)
+        fits = all((isinstance(w, NativeMatrix) or is_half(w)) and w.inputs % GROUP == 0 for w in weights)
         return fits and (feed is None or (isinstance(feed, Feed) and feed.act_name in _ACTS))
 
     return all(ready(layer) for layer in plan.layers)
+
+
+def is_half(weight: Any) -> TypeGuard[FloatWeight]:
+    """Whether the kernels would take it as :class:`~gossamer.parts.decode_native.NativeHalf`."""
+    return (
+        isinstance(weight, FloatWeight) and weight.weight.dtype == torch.bfloat16 and weight.weight.device.type == "cpu"
+    )
 
 
 class NativeStep:

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import InputError, OptionError, did_you_mean
-from gossamer.parts.decode_native import NativeWeight, load_native
-from gossamer.parts.decode_native_step import NativeStep, native_fits
+from gossamer.parts.decode_native import NativeHalf, NativeWeight, load_native
+from gossamer.parts.decode_native_step import NativeStep, is_half, native_fits
 from gossamer.parts.decode_own import OwnForward
 from gossamer.parts.decode_plan import Feed, Matrix, NotPlanned, Plan, read_plan
 from gossamer.parts.decode_state import Chunk, Output, chain, tree_from
 from gossamer.parts.decode_step import TorchStep
 from gossamer.parts.decode_weights import (
+    Codes,
     IntegerWeight,
     TorchIntegerWeight,
     Weight,
@@ -91,14 +92,22 @@ class Runner:
             self._backend: Any = OwnForward(model, self.max_length)
             return
         self.dtype = compute_dtype(weights, model)
-        wants_integers = any(
-            integer_form(matrix, form) for matrix, form in _matrices(self.plan, weights, head or weights)
-        )
-        self.library = load_native(native) if wants_integers and native in ("auto", "require") else None
         self._reference = native == "reference"
-        matrices: dict[int, Weight] = {}
-        for matrix, form in _matrices(self.plan, weights, head or weights):
-            matrices[id(matrix)] = self._weight(matrix, form)
+        wanted = list(_matrices(self.plan, weights, head or weights))
+        codes = {id(matrix): integer_form(matrix, form) for matrix, form in wanted}
+        floats = {
+            id(matrix): float_weight(matrix, form, self.dtype) for matrix, form in wanted if codes[id(matrix)] is None
+        }
+        compiles = any(codes.values()) or any(map(is_half, floats.values()))
+        self.library = load_native(native) if compiles and native in ("auto", "require") else None
+        matrices: dict[int, Weight] = {
+            key: floats[key] if form is None else self._integers(form) for key, form in codes.items()
+        }
+        if self.library is not None and native_fits(self.plan, matrices):
+            for key, weight in matrices.items():
+                if is_half(weight):
+                    matrices[key] = NativeHalf(weight.weight, weight.bias, self.library)
+            self.dtype = torch.float32
         self._head = matrices[id(self.plan.head)]
         self.nbytes = sum(weight.nbytes for weight in matrices.values())
         rows, scale = getattr(self._head, "rows", None), self.plan.tied_scale
@@ -205,10 +214,7 @@ class Runner:
                 made[n].append(int(out.logits[0].argmax()))
         return made
 
-    def _weight(self, matrix: Matrix, form: str) -> Weight:
-        codes = integer_form(matrix, form)
-        if codes is None:
-            return float_weight(matrix, form, self.dtype)
+    def _integers(self, codes: Codes) -> Weight:
         if self.library is not None:
             return NativeWeight(codes, self.library)
         if not self._reference and TorchIntegerWeight.fits(codes):

@@ -60,7 +60,7 @@ class FloatWeight:
     """Its own dtype inside, that of ``x`` outside."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.inputs = weight, bias, weight.shape[1]
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ verified that maximise
 
     (1 + c_1 + ... + c_m) / t(1 + m)
 
-A chance is the product along the path to a token of how often tokens like it were right where their place was reached;
-alike are tokens of one rank among their siblings whose probabilities, as the drafter gives them, are within an eighth.
-The drafter's own probability counts as two observations. A greedy text and a sampled one have chances of their own.
+A chance is the product along the path to a token of how often tokens like it were right where their place was reached.
+Alike are tokens of one rank among their siblings whose probabilities, as the drafter gives them, are within an eighth;
+copied ones where as many tokens matched; and those that both have. The drafter's own probability counts as two
+observations. A greedy text and a sampled one have chances of their own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,24 @@ class Times:
     def note(self, value: float) -> None:
         self._seen.append(value)
         self.median = statistics.median(self._seen)
+
+
+class Rate:
+    """Seconds a token, over the last steps."""
+
+    def __init__(self) -> None:
+        self._seen: collections.deque[tuple[float, float]] = collections.deque(maxlen=TIMES)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def note(self, seconds: float, tokens: float) -> None:
+        self._seen.append((seconds, tokens))
+
+    @property
+    def seconds(self) -> float:
+        spent, made = map(sum, zip(*self._seen, strict=True))
+        return spent / made
 
 
 class Pace:
@@ -101,12 +120,14 @@ class Chances:
 
 
 def _likeness(draft: Draft) -> list[tuple[tuple[int, int], float]]:
-    """Rank and bin of each token, and its probability after its parent."""
+    """Sort and size of each token, by which they are alike, and its probability after its parent."""
     assert draft.joint is not None
     ranks: dict[int, int] = collections.defaultdict(int)
     found = []
-    for parent, score in zip(draft.tree, draft.joint, strict=True):
+    for parent, score, match in zip(draft.tree, draft.joint, draft.copied or [0] * len(draft.tokens), strict=True):
         own = math.exp(min(0.0, score - (draft.joint[parent] if parent >= 0 else 0.0)))
-        found.append(((min(ranks[parent], _RANKS - 1), min(int(own * _BINS), _BINS - 1)), own))
+        likely = min(int(own * _BINS), _BINS - 1)
+        sort = _RANKS if match > 0 else _RANKS + 1 if match < 0 else min(ranks[parent], _RANKS - 1)
+        found.append(((sort, match if match > 0 else likely), own))
         ranks[parent] += 1
     return found

@@ -117,12 +117,14 @@ class Draft:
     """Guessed tokens. ``parents[i]`` < i is the place of the token before token i, -1 for the accepted text; ``None``
     for a chain. ``probs[i]`` [V] is what token i was drawn from, given its earlier siblings; ``None`` where tokens were
     chosen and not drawn, as the best ones of a drafter are. ``joint[i]`` is the log-probability that the drafter gives
-    to the path to token i, never above its parent's."""
+    to the path to token i, never above its parent's. ``copied[i]``: how many tokens matched where token i was copied
+    from, 0 for a drafter's own, below 0 where both have it."""
 
     tokens: Sequence[int]
     parents: Sequence[int] | None = None
     probs: Sequence[Tensor] | Tensor | None = None
     joint: Sequence[float] | None = None
+    copied: Sequence[int] | None = None
 
     @property
     def tree(self) -> list[int]:
@@ -152,4 +154,8 @@ class Draft:
         new = {-1: -1} | {place: i for i, place in enumerate(kept)}
         probs = None if self.probs is None else [self.probs[place] for place in kept]
         joint = None if self.joint is None else [self.joint[place] for place in kept]
-        return Draft([self.tokens[place] for place in kept], [new[self.tree[place]] for place in kept], probs, joint)
+        copied = None if self.copied is None else [self.copied[place] for place in kept]
+        parents = self.tree
+        return Draft(
+            [self.tokens[place] for place in kept], [new[parents[place]] for place in kept], probs, joint, copied
+        )

@@ -14,7 +14,7 @@ Guessing is left off while it does not pay: with g tokens emitted by a guessing 
 
     g / (seconds of drafting and verifying)  >=  1 / (seconds of a plain step)
 
-both measured here as medians, for each number of requests in a step by itself. A request that is left off tries again
+both measured here, for each number of requests in a step by itself. A request that is left off tries again
 after 16 plain steps, then 32, up to 512. A guess is also cut to the tokens that pay (:mod:`~gossamer.parts.guessing`),
 and a drafter is told of the least joint probability of a place at which looking a level deeper does: with s the seconds
 of a level and r the tokens a second of guessing steps, s r. None of this changes the text.
@@ -34,7 +34,8 @@ from torch import Tensor
 
 from gossamer.parts.decode_runner import BLOCK, Runner
 from gossamer.parts.decode_state import Chunk, chain, tree_from
-from gossamer.parts.guessing import Chances, Pace, Times
+from gossamer.parts.guessing import Chances, Pace, Rate, Times
+from gossamer.parts.look_up import with_copy
 from gossamer.parts.requests import Draft
 
 TRIAL = 8  # guessing steps by which a request is judged
@@ -68,14 +69,13 @@ class Record:
         asked for, whether or not there was one that paid."""
         self.steps += 1
         self.emitted += emitted
-        if tried and not draft.tokens:
+        if tried:
             self.gains.append(emitted)
         if not draft.tokens:
             return
         self.guesses += 1
         self.emitted_guessing += emitted
         self.drafted += len(draft.tokens)
-        self.gains.append(emitted)
         deepest = _deepest(draft)
         for counts, reached in ((self.offered, deepest), (self.accepted, taken)):
             counts.extend([0] * (deepest - len(counts)))
@@ -122,12 +122,15 @@ class Record:
 
 class Speculator:
     """Steps requests of a ``runner``. ``hidden`` are the states that :meth:`step` hands to ``observe``; with
-    ``switch_off`` requests stop guessing while it does not pay."""
+    ``switch_off`` requests stop guessing while it does not pay. ``look_up``: beside the drafter's guesses, and where
+    those are left off, what followed an earlier occurrence of the last tokens, of at most so many (0: nothing)."""
 
-    def __init__(self, runner: Runner, *, hidden: Sequence[int] = (), switch_off: bool = True) -> None:
-        self.runner, self.hidden, self.switch_off = runner, tuple(hidden), switch_off
-        # seconds a step, by the number of requests in it
-        self.plain: dict[int, Times] = collections.defaultdict(Times)
+    def __init__(
+        self, runner: Runner, *, hidden: Sequence[int] = (), switch_off: bool = True, look_up: int = 0
+    ) -> None:
+        self.runner, self.hidden, self.switch_off, self.look_up = runner, tuple(hidden), switch_off, look_up
+        # by the number of requests in a step: seconds a token without the drafter, seconds of a step with it
+        self.plain: dict[int, Rate] = collections.defaultdict(Rate)
         self.guessed: dict[int, Times] = collections.defaultdict(Times)
         self.pace = Pace()
         self.chances: dict[bool, Chances] = collections.defaultdict(Chances)  # by whether tokens are sampled
@@ -157,13 +160,16 @@ class Speculator:
         began = time.perf_counter()
         drafts, tried, levels = [Draft(())] * len(states), set(guessing), 0
         for place, found in zip(guessing, draft([states[n] for n in guessing]) if guessing else [], strict=True):
-            state = states[place]
-            depth = len(found.tokens) if state.room is None else max(0, state.room - 1)
+            drafts[place] = found
             levels += _deepest(found)
-            drafts[place] = self._paying(state, found.cut(depth, state.past.room - 1), len(states) - 1)
-        verifying = time.perf_counter()
+        drafted = time.perf_counter()
         if levels:
-            self._level.note((verifying - began) / levels)
+            self._level.note((drafted - began) / levels)
+        for place, (state, found) in enumerate(zip(states, drafts, strict=True)):
+            guess = with_copy(found, state.ids, self.look_up) if self.look_up else found
+            depth = len(guess.tokens) if state.room is None else max(0, state.room - 1)
+            drafts[place] = self._paying(state, guess.cut(depth, state.past.room - 1), len(states) - 1)
+        verifying = time.perf_counter()
         outputs = self.runner.run([_chunk(s, d) for s, d in zip(states, drafts, strict=True)], self.hidden)
         self.pace.note(len(states) + sum(len(guess.tokens) for guess in drafts), time.perf_counter() - verifying)
         emitted, hidden = [], list[Any]()
@@ -179,7 +185,7 @@ class Speculator:
         observe(states, emitted, hidden if self.hidden else None)
         seconds = time.perf_counter() - began
         if not guessing:
-            self.plain[len(states)].note(seconds)
+            self.plain[len(states)].note(seconds, sum(map(len, emitted)) / len(states))
         elif len(guessing) == len(states):
             self.guessed[len(states)].note(seconds)
             self._rate.note(sum(map(len, emitted)) / seconds)
@@ -195,11 +201,12 @@ class Speculator:
                 observe([state], [[]], None if out.hidden is None else [out.hidden])
 
     def cost(self, count: int) -> float | None:
-        """Plain steps that a guessing step of ``count`` requests takes the time of; ``None`` where not measured."""
+        """Tokens that are made without the drafter in the time of a step of ``count`` requests with it; ``None`` where
+        not measured."""
         plain, guessed = self.plain[count], self.guessed[count]
-        if len(plain) < 2 or len(guessed) < 2 or not plain.median or guessed.median is None:
+        if len(plain) < 2 or len(guessed) < 2 or guessed.median is None:
             return None
-        return guessed.median / plain.median
+        return guessed.median / plain.seconds
 
     def _paying(self, state: Any, guess: Draft, company: int) -> Draft:
         """The part of a guess that it pays to verify."""
