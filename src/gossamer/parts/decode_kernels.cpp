@@ -26,6 +26,8 @@
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint8_t B64 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint16_t H16 __attribute__((vector_size(32)));
 
 extern "C" {
 
@@ -150,10 +152,12 @@ void quantise(const float* x, int columns, int row, Rows& to) {
 
 void narrow(const float* x, int columns, int row, Rows& to) {
   uint16_t* halves = to.halves.data() + (size_t)row * columns;
-  for (int i = 0; i < columns; i++) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    halves[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to even
+  for (int i = 0; i < columns; i += kLanes) {
+    U16 bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to even
+    const H16 half = __builtin_convertvector(bits, H16);
+    std::memcpy(halves + i, &half, sizeof half);
   }
 }
 
@@ -311,9 +315,15 @@ void multiply_by(const Matrix& m, const Rows& a, int rows, float* y, int thread,
   for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
     int row = 0;
     for (; row + 8 <= rows; row += 8) block_times<BITS, 8>(m, a, block, row, y);
-    if (row + 4 <= rows) block_times<BITS, 4>(m, a, block, row, y), row += 4;
-    if (row + 2 <= rows) block_times<BITS, 2>(m, a, block, row, y), row += 2;
-    if (row < rows) block_times<BITS, 1>(m, a, block, row, y);
+    switch (rows - row) {  // in one go: weights are read once
+      case 7: block_times<BITS, 7>(m, a, block, row, y); break;
+      case 6: block_times<BITS, 6>(m, a, block, row, y); break;
+      case 5: block_times<BITS, 5>(m, a, block, row, y); break;
+      case 4: block_times<BITS, 4>(m, a, block, row, y); break;
+      case 3: block_times<BITS, 3>(m, a, block, row, y); break;
+      case 2: block_times<BITS, 2>(m, a, block, row, y); break;
+      case 1: block_times<BITS, 1>(m, a, block, row, y); break;
+    }
   }
 }
 
