@@ -2,7 +2,8 @@
 
 All trained drafters get one budget: beginnings of training texts of the three kinds, continued by the base, labels its
 own distribution on integer weights, the same steps. The 4-bit model is a base of its own and has its own drafters, as
-a drafter fits one model. Beside all of them goes what prompt look-up finds.
+a drafter fits one model; only those whose drafts are cheap beside its step. Beside all of them goes what prompt look-up
+finds.
 
 Prompts come from test packages. Plain decoding and all drafters of a base take turns on each prompt, the prompt's own
 pass not counted; guessing may switch itself off. A row says how many tokens a guessing step emitted, and whether all
@@ -30,6 +31,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "chimera": {"heads": 5, "depth": 5, "tree": "beam", "top_k": 4, "total_tokens": 12},
     "fspad": {"depth": 5, "top_k": 4, "total_tokens": 12},
 }
+CHEAP = ("prompt_lookup", "medusa")
 ROWS, PROMPT, OWN, MAX_LENGTH = 400, 48, 64, 1024
 COMPANY = 16  # texts that are continued together
 LOOK_UP = 3  # tokens that are looked for in what came before
@@ -46,6 +48,7 @@ def compare(model: Any, small: Any, tokenizer: Any, quick: bool, log: Callable[[
         systems = {
             name: _fitted(name, options | (budget if name != "prompt_lookup" else {}), bundle, weights, quick, log)
             for name, options in DRAFTERS.items()
+            if base != "small_arm" or name in CHEAP
         }
         for system in systems.values():
             system.bind(own, weights=weights, max_length=MAX_LENGTH, look_up=LOOK_UP)
