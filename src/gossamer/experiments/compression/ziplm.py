@@ -78,7 +78,8 @@ def run(arm: str, seed: int, lab: Lab) -> dict[str, float]:
 
 
 def conclude(results: Results) -> Conclusion:
-    """Shown: on both models, at every target, ZipLM's loss is below its ablations' and magnitude pruning's, intervals below 0."""
+    """Shown: on both models, at every target, ZipLM's loss is below its ablations' and magnitude pruning's, the
+    intervals of the differences below 0."""
     lines = [line for base in TARGETS for target in TARGETS[base] for line in _order(results, base, target)]
     lines += _speed_lines(results)
     pruned, tuned = results.mean("minilm_ziplm_2", "loss"), results.mean("minilm_tuned_2", "loss")
