@@ -36,3 +36,18 @@ def test_a_decoding_system_of_the_bundle_writes_the_same_text():
     plain = Writer(Bundle(model, tokenizer)).write(text, 16, temperature=0.0, seed=0)
     system = PromptLookup(switch_off=False)
     assert Writer(Bundle(model, tokenizer, {"prompt_lookup": system})).write(text, 16, temperature=0.0, seed=0) == plain
+
+
+def test_copies_on_the_kernels_change_no_token():
+    bench = Bench("llama")
+    model, tokenizer = bench.model().bfloat16(), bench.tokenizer()
+    text = "One two one two one two one"
+    writer = Writer(Bundle(model, tokenizer))
+    assert isinstance(writer.decoder, PromptLookup)
+    for temperature in (0.0, 1.5):
+        copied = writer.write(text, 24, temperature, seed=3)
+        choice = writer._choice(temperature, 3)
+        ids = tokenizer(text)["input_ids"]
+        plain = list(writer.runner.stream(ids, max_new_tokens=24, eos=writer.ends, choice=choice))
+        assert copied == tokenizer.decode(plain, skip_special_tokens=True)
+    assert Writer(Bundle(bench.model(), tokenizer)).decoder is None

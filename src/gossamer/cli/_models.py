@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gossamer.core.bundle import Bundle
+
+_LOOK_UP = 3  # tokens that are looked for in what came before
 
 
 def load_any(where: str) -> Bundle:
@@ -26,15 +27,26 @@ def load_any(where: str) -> Bundle:
 
 
 class Writer:
-    """A model on the decoding runner, with the decoding system among its bundle's parts where there is one."""
+    """A model on the decoding runner, with the decoding system among its bundle's parts where there is one.
+
+    Without one, and beside a drafter, what followed earlier occurrences of the last tokens is guessed: on the compiled
+    kernels a guess changes no bit of the text.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
-        from gossamer.kinds.decoding import Decoding
+        from gossamer.kinds.decoding import Decoding, DrafterDecoding
         from gossamer.parts.generation import end_ids
+        from gossamer.pipeline.single import system
 
         self.model, self.tokenizer = bundle.model, bundle.processor
         self.ends = frozenset(end_ids(self.model, self.tokenizer))
         self.decoder = next((part for part in bundle.parts.values() if isinstance(part, Decoding)), None)
+        if isinstance(self.decoder, DrafterDecoding):
+            self.decoder.bind(self.model, look_up=_LOOK_UP)
+        elif self.decoder is None:
+            copying = system("prompt_lookup", ngram=_LOOK_UP)
+            self.runner = copying.bind(self.model).runner
+            self.decoder = copying if self.runner.native else None
 
     def write(self, text: str, new_tokens: int, temperature: float, seed: int) -> str:
         """Print the continuation as it comes and return it. Sampling keeps the checkpoint's own top_k and top_p."""
@@ -47,12 +59,6 @@ class Writer:
             printer.put(torch.tensor([token]))
         printer.end()
         return str(self.tokenizer.decode(made, skip_special_tokens=True))
-
-    @functools.cached_property
-    def runner(self) -> Any:
-        from gossamer.parts.decode_runner import Runner
-
-        return Runner(self.model)
 
     def _tokens(self, ids: list[int], count: int, choice: Any) -> Iterator[int]:
         if self.decoder is None:
