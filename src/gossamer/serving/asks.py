@@ -25,6 +25,7 @@ class Translator:
 
     def __init__(self, engine: Engine, prompt_tokens: int | None = None) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
+        self.tokenizer("a")  # the first call may change its settings, which threads must not do to one another
         self.longest = min(prompt_tokens or engine.max_length, engine.max_length - 1)
         self._grammars: Any = None
         self._made: collections.OrderedDict[str, Any] = collections.OrderedDict()
@@ -74,7 +75,7 @@ class Translator:
         return ids or ([] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id])
 
     def known(self, ids: Sequence[int], param: str) -> None:
-        size = self.engine.model.get_input_embeddings().weight.shape[0]
+        size = self.engine.vocabulary_size
         wrong = next((token for token in ids if token >= size), None)
         if wrong is not None:
             raise bad(f"{param}: token {wrong} is none of the model's {size}", param)

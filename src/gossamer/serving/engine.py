@@ -71,7 +71,7 @@ class Engine:
         self.stepper = make_stepper(self.model, self.tokenizer, self.stages.decoding, **runner)
         self.runner = self.stepper.runner
         self.ends = frozenset(end_ids(self.model, self.tokenizer))
-        self.vocabulary_size = int(self.model.get_output_embeddings().weight.shape[0])
+        self.vocabulary_size = int(self.model.get_output_embeddings().out_features)
         self.metrics = Metrics()
         self._prefixes = Prefixes(self.capacity.prefix_tokens)
         self._waiting: collections.deque[Writing] = collections.deque()

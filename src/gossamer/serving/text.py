@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _CONTEXT = 5  # tokens before the first that are decoded with it
-_LONGEST = 32  # tokens that may wait for a character to become whole
+_LONGEST = 16  # tokens that are decoded at a time, and that may wait for a character to become whole
 _BROKEN = "\ufffd"
 
 
@@ -33,9 +33,13 @@ class Detokeniser:
         broken, late = text.endswith(_BROKEN), len(self.window) - self.start > _LONGEST
         certain = text[:-1] if broken and not late else text
         new, self.given = certain[self.given :], max(self.given, len(certain))
+        if broken and late:
+            self.window, self.given = [], 0
+        elif not broken and len(self.window) > _LONGEST:
+            self.window = self.window[-_CONTEXT:]
+            self.given = len(self._decode(self.window))
         if not broken or late:
-            self.window = [] if broken else self.window[-_CONTEXT:]
-            self.start, self.given = len(self.window), len(self._decode(self.window))
+            self.start = len(self.window)
         return new
 
     def rest(self) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import functools
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -58,15 +57,14 @@ class EncoderVectors:
             raise InputError(f"embeddings {name}", must="be a text encoder", got=type(model).__name__)
         room = int(getattr(config, "max_position_embeddings", 512))
         self.max_length = min(room, int(min(getattr(tokenizer, "model_max_length", room), room)))
-        self._lock = threading.Lock()
+        tokenizer("a")  # the first call may change its settings, which threads must not do to one another
 
     def parts(self, ids: Sequence[int]) -> list[Callable[[], Any]]:
         return [lambda: self._vector(ids)]
 
     @torch.no_grad()
     def _vector(self, ids: Sequence[int]) -> list[float]:
-        with self._lock:
-            hidden = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device)).last_hidden_state
+        hidden = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device)).last_hidden_state
         return _unit(hidden[0].float().mean(0))
 
 
