@@ -12,10 +12,9 @@ import torch
 
 from gossamer.core.errors import GossamerError, InputError, MissingExtra
 from gossamer.parts import export_onnx
-from gossamer.parts.export_onnx import OnnxDecoder, OnnxEncoder, check_onnx_model, write_onnx
+from gossamer.parts.export_onnx import OnnxDecoder, check_onnx_model, write_onnx
 from gossamer.parts.export_proof import compare, record
 from gossamer.parts.generation import greedy_config, left_pad
-from gossamer.parts.sentences import encode_texts
 from gossamer.parts.surgery import find_blocks
 from gossamer.parts.surgery_format import write_widths
 from gossamer.testing.bench import PROMPTS, Bench
@@ -66,19 +65,6 @@ def test_logits_through_the_cache_are_those_of_transformers(decoder: tuple[Any, 
     found = compare(before.logits, OnnxDecoder(folder).logits(before.ids))
     assert found.top1 == 1
     assert found.largest < 1e-3
-
-
-def test_an_encoder_gives_the_same_vectors(tmp_path: Path) -> None:
-    bench = Bench("bert")
-    model, tokenizer = bench.model(layers=1), bench.tokenizer()
-    write_onnx(model, tokenizer, tmp_path)
-    encoder = OnnxEncoder(tmp_path, model.config)
-    texts = list(PROMPTS)
-    for company in (texts, texts[:1], ["a"]):
-        assert torch.allclose(
-            encode_texts(encoder, tokenizer, company), encode_texts(model, tokenizer, company), atol=1e-5
-        )
-    assert not (tmp_path / "generation_config.json").exists()
 
 
 def _ragged() -> Any:

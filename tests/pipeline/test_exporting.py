@@ -86,8 +86,9 @@ def test_packed_weights_become_bfloat16(tmp_path: Path) -> None:
     assert "quantization_config" not in config
 
 
-def test_an_adapter_becomes_plain_lora(tmp_path: Path) -> None:
-    done = export(adapted(), tmp_path / "adapter", "peft")
+@pytest.mark.parametrize("bits", [0, 4])
+def test_an_adapter_becomes_plain_lora(bits: int, tmp_path: Path) -> None:
+    done = export(adapted(bits=bits), tmp_path / "adapter", "peft")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert done.proof["largest"] < 0.05
     assert left(tmp_path) == ["adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
@@ -111,8 +112,10 @@ def test_minilm_in_onnx_gives_the_same_embeddings(tmp_path: Path) -> None:
     wanted = encode_texts(model, tokenizer, BENIGN)
     done = export(Bundle(model, tokenizer), tmp_path / "minilm", "onnx")
     assert done.proof["largest"] <= 1e-4
-    found = encode_texts(OnnxEncoder(tmp_path / "minilm", model.config), tokenizer, BENIGN)
-    assert torch.allclose(found, wanted, atol=1e-4)
+    encoder = OnnxEncoder(tmp_path / "minilm", model.config)
+    assert torch.allclose(encode_texts(encoder, tokenizer, BENIGN), wanted, atol=1e-4)
+    assert torch.allclose(encode_texts(encoder, tokenizer, BENIGN[:1]), wanted[:1], atol=1e-4)
+    assert not (tmp_path / "minilm" / "generation_config.json").exists()
 
 
 def test_a_trimmed_gguf_agrees_in_llama_cpp(tmp_path: Path) -> None:
@@ -219,6 +222,11 @@ def test_what_has_no_peft_form_is_refused(tmp_path: Path) -> None:
     bundle.adapters.append(pat)
     with pytest.raises(InputError, match="an adapter of hooks and own modules"):
         export(bundle, tmp_path / "adapter", "peft")
+
+
+def test_a_model_of_another_library_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="get a model of transformers, got Linear"):
+        export(Bundle(torch.nn.Linear(2, 2), None), tmp_path / "model", "safetensors")
 
 
 def test_an_accelerated_model_is_refused(tmp_path: Path) -> None:

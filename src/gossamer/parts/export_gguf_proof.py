@@ -1,6 +1,13 @@
 """A GGUF file read back by those who did not write it: transformers' reader, and llama.cpp where it is installed.
 
-Bounds, per position over 640 of them. Measured in float32 on the packaged and the nursery model: see BOUNDS.
+Measured by llama.cpp against float32 at 640 positions, top-1 agreement and mean KL in nats:
+
+    type   bound             nursery llama-7m    Gemma-3-270M, trimmed and adapted
+    f16    99 %, KL 0.001    100 %, 1.5e-7       99.7 %, 2.5e-6
+    q8_0   KL 0.02           98.9 %, 1.3e-4      97.5 %, 3.2e-3
+    q4_0   KL 1              93.8 %, 4.1e-3      65.6 %, 0.41
+
+The last bound is wide since rounding to 4 bits alone costs a small model that much; a wrong layout costs several nats.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ from gossamer.parts.export_proof import (
     prove_tokens,
 )
 
-BOUNDS = {"f16": Bound(top1=0.99, kl=1e-3), "q8_0": Bound(kl=0.02), "q4_0": Bound(kl=0.5)}
+BOUNDS = {"f16": Bound(top1=0.99, kl=1e-3), "q8_0": Bound(kl=0.02), "q4_0": Bound(kl=1.0)}
 _READ = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "max_position_embeddings", "vocab_size", "tie_word_embeddings",

@@ -72,7 +72,7 @@ def text_tokenizer(processor: Any) -> Any:
 
 
 def windows(model: Any, tokenizer: Any) -> list[list[int]]:
-    """Token ids to compare on: :data:`POSITIONS` of them, in windows beyond the model's sliding one where it has one,
+    """Token ids to compare on: :data:`POSITIONS` or more, in windows beyond the model's sliding one where it has one,
     or of its whole context where that is shorter."""
     config = model.config.get_text_config()
     length = max(POSITIONS, (getattr(config, "sliding_window", None) or 0) + POSITIONS // 5)
@@ -80,7 +80,7 @@ def windows(model: Any, tokenizer: Any) -> list[list[int]]:
     bare = tokenizer(_PROSE, add_special_tokens=False, verbose=False)["input_ids"]
     first = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
     room = length - len(first)
-    bare = bare * -(-POSITIONS * length // len(bare))
+    bare = bare * -(-(POSITIONS + length) // len(bare))
     return [first + bare[start * room : (start + 1) * room] for start in range(-(-POSITIONS // length))]
 
 

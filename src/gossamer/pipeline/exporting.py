@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from gossamer.core.bundle import Bundle
 from gossamer.core.errors import GossamerError, InputError, OptionError, did_you_mean
@@ -35,7 +37,7 @@ from gossamer.parts.roundtrip import probe, prove_same
 from gossamer.parts.sentences import encode_texts
 from gossamer.pipeline.stage import is_adapted
 
-TYPES = {
+TYPES: dict[str, tuple[str, ...]] = {
     "gguf": tuple(export_gguf.TYPES),
     "onnx": (),
     "safetensors": tuple(export_plain.TYPES),
@@ -44,7 +46,7 @@ TYPES = {
 _ONNX = Bound(top1=0.99, kl=1e-6, largest=1e-2)
 _SAFETENSORS = {"f32": Bound(top1=0.99, kl=1e-6, largest=1e-2), "f16": Bound(kl=1e-3), "bf16": Bound(kl=1e-2)}
 _VECTORS = {"f32": 1e-4, "f16": 1e-3, "bf16": 1e-2}
-_ADAPTER = 0.05  # log-probability, for models in bfloat16
+_ADAPTER = 0.05  # log-probability
 _TOKEN_BYTES = 200  # of a vocabulary entry with its merges, in tokenizer.json
 _NEW = 12
 _FULL = ("no space left", "code: 28", "requested and", "quota")
@@ -83,12 +85,14 @@ def export(bundle: Bundle, out: Path, to: str, kind: str | None = None) -> Expor
     difference beyond the bounds. In each case nothing is left at ``out``.
     """
     check_export(out, to, kind)
-    if getattr(bundle.model, Acceleration.slot, None):
-        got = f"one with {bundle.parts and next(iter(bundle.parts))}, which changes how it runs"
-        raise InputError(
-            f"export --to {to}", must="get a model that nothing accelerates", got=got, do="release it first"
-        )
-    proof, kind = _WRITERS[to](bundle, out, kind)
+    where, present = f"export --to {to}", getattr(bundle.model, Acceleration.slot, None)
+    if present:
+        got, do = f"one with {present}, which changes how it runs", "export the model without it"
+        raise InputError(where, must="get a model that nothing accelerates", got=got, do=do)
+    if not isinstance(_base(bundle.model), PreTrainedModel):
+        raise InputError(where, must="get a model of transformers", got=type(bundle.model).__name__)
+    with _no_bars():
+        proof, kind = _WRITERS[to](bundle, out, kind)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     return Exported(str(out), to, kind, sum(path.stat().st_size for path in files), proof)
 
@@ -122,7 +126,8 @@ def _onnx(bundle: Bundle, out: Path, kind: None) -> tuple[dict[str, Any], str | 
         else:
             after = export_onnx.OnnxEncoder(path, plain.config)
             proof = _prove_vectors(before, after, bundle.processor, _VECTORS["f32"], "export onnx")
-        _prove_processor(path, bundle.processor, "export onnx")
+        read = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        _prove_processor(bundle.processor, read, "export onnx")
         return proof, None
 
 
@@ -136,9 +141,7 @@ def _safetensors(bundle: Bundle, out: Path, kind: str | None) -> tuple[dict[str,
     plain = _plain(bundle)
     with _placed(out, _folder_bytes(plain, width), atomic_dir) as path:
         export_plain.write_safetensors(plain, bundle.processor, path, kind)
-        del plain
-        bundle.model = None
-        again, _ = load_model(path, dtype="float32")
+        again, processor = load_model(path, dtype="float32")
         if isinstance(before, Reference):
             found = export_proof.compare(before.logits, export_proof.model_logits(again, before.ids))
             proof: dict[str, Any] = prove(found, _SAFETENSORS[kind], what)
@@ -147,7 +150,7 @@ def _safetensors(bundle: Bundle, out: Path, kind: str | None) -> tuple[dict[str,
             )
         else:
             proof = _prove_vectors(before, again, bundle.processor, _VECTORS[kind], what)
-        _prove_processor(path, bundle.processor, what)
+        _prove_processor(bundle.processor, processor, what)
         return proof, kind
 
 
@@ -159,11 +162,12 @@ def _peft(bundle: Bundle, out: Path, kind: None) -> tuple[dict[str, Any], str | 
         got = "an adapter of hooks and own modules" if is_adapted(model) else "a model without one"
         do = "run without the merge step" if not is_adapted(model) else "fold it in with the other formats"
         raise InputError("export --to peft", must="get a model with a PEFT adapter attached", got=got, do=do)
-    before = probe(model, bundle.processor, TEXTS)
-    trained = sum(parameter.numel() for name, parameter in model.named_parameters() if "base_layer" not in name)
-    with _placed(out, 4 * min(trained, 1 << 28), atomic_dir) as path:
+    before = probe(export_plain.as_float32(model), bundle.processor, TEXTS)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with _placed(out, 4 * trained, atomic_dir) as path:
         export_plain.write_peft(model, path)
         base = bundle.adapters[-1].detach(model) if bundle.adapters else model.unload()
+        export_plain.restore_linears(base)  # PEFT alone knows no packed layers
         again: Any = PeftModel.from_pretrained(base, str(path))
         after = probe(again, bundle.processor, TEXTS, like=before)
         return prove_same(before, after, what="export peft", largest=_ADAPTER, weights=False).as_dict(), None
@@ -230,15 +234,25 @@ def _prove_vectors(before: torch.Tensor, after: Any, processor: Any, bound: floa
     return {"largest": found}
 
 
-def _prove_processor(folder: Path, processor: Any, what: str) -> None:
-    """The tokenizer read back cuts and renders as before."""
-    from transformers import AutoTokenizer
-
-    old = export_proof.text_tokenizer(processor)
-    new = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    prove_equal(export_proof.render(old), export_proof.render(new), f"{what}: chat template")
+def _prove_processor(before: Any, after: Any, what: str) -> None:
+    """The tokenizer read back cuts texts and renders a chat as before."""
+    old, new = export_proof.text_tokenizer(before), export_proof.text_tokenizer(after)
+    prove_equal(getattr(before, "chat_template", None), getattr(after, "chat_template", None), f"{what}: chat template")
+    prove_equal(export_proof.render(old), export_proof.render(new), f"{what}: chat as rendered")
     cut = [[tokenizer(text)["input_ids"] for text in TEXTS] for tokenizer in (old, new)]
     prove_equal(cut[0], cut[1], f"{what}: tokenizer")
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars of each file that is read back."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -260,7 +274,8 @@ def _placed(out: Path, need: int, place: Callable[[Path], Any]) -> Iterator[Path
                 raise
     except BaseException:
         for folder in made:
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # not made yet, or used by somebody else by now
+                folder.rmdir()
         raise
 
 
