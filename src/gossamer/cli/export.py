@@ -1,33 +1,29 @@
-"""Export the adapter of a run as a plain LoRA that PEFT loads without Gossamer."""
+"""Write a model, or the result of a run, as gguf, onnx, safetensors or peft, and prove that it is the same."""
 
 from __future__ import annotations
 
 import typer
 
-_TEXTS = ("The function returns the number of items.", "def area(width, height):\n    return width * height\n")
-_BOUND = 0.05  # log-probability, for models in bfloat16
-
 
 def command(
-    run: str = typer.Argument(help="The folder of a run whose result has an adapter attached."),
-    out: str = typer.Option("lora", "--out", help="A new folder for the LoRA checkpoint."),
+    model: str = typer.Argument(help="A name, folder, hub id or the folder of a run."),
+    to: str = typer.Option(..., "--to", help="gguf, onnx, safetensors, or peft: the attached adapter."),
+    out: str = typer.Option(..., "--out", help="A new file for gguf, else a new folder."),
+    kind: str = typer.Option("", "--type", help="gguf: f16, q8_0, q4_0; safetensors: bf16, f16, f32."),
+    as_json: bool = typer.Option(False, "--json", help="For machines."),
 ) -> None:
+    import dataclasses
     from pathlib import Path
 
-    from peft import PeftModel
+    from gossamer.cli._models import load_any
+    from gossamer.cli._output import json_out
+    from gossamer.pipeline.exporting import check_export, export
 
-    from gossamer.core.errors import InputError
-    from gossamer.parts.roundtrip import probe, prove_same
-    from gossamer.pipeline.stage import load_bundle
-
-    folder = Path(run) / "result" if (Path(run) / "result").exists() else Path(run)
-    bundle = load_bundle(folder)
-    if not bundle.adapters:
-        raise InputError(f"export {run}", must="be a run whose result has an adapter", do="run without the merge step")
-    adapter = bundle.adapters[-1]
-    before = probe(bundle.model, bundle.processor, _TEXTS)
-    adapter.export_lora(bundle.model, Path(out))
-    again = PeftModel.from_pretrained(adapter.detach(bundle.model), out)
-    after = probe(again, bundle.processor, _TEXTS, like=before)
-    prove_same(before, after, what=f"export {out}", largest=_BOUND, weights=False)
-    typer.echo(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {out!r})")
+    check_export(Path(out), to, kind or None)
+    done = export(load_any(model), Path(out), to, kind or None)
+    if as_json:
+        json_out(dataclasses.asdict(done))
+        return
+    typer.echo(f"wrote {done.path}: {done.format} {done.type or ''}, {done.bytes / 1e6:,.1f} MB")
+    for name, value in done.proof.items():
+        typer.echo(f"  {name}: {value}")
