@@ -209,7 +209,9 @@ def test_a_probe_that_the_model_does_not_meet_is_an_error(whole: tuple[Path, Bun
     with bundle.model.disable_adapter(), pytest.raises(GossamerError, match="model: must add the tokens"):
         replay(bundle.model, bundle.processor, probe)
     prompts = [(row, row["log_probs"][: len(row["ids"]) - 1]) for row in probe["rows"]]
-    moved = [{**row, "tokens": [], "log_probs": [value + 0.01 for value in values]} for row, values in prompts]
+    moved = [
+        {**row, "tokens": [], "sure": 0, "log_probs": [value + 0.01 for value in values]} for row, values in prompts
+    ]
     with pytest.raises(GossamerError, match=r"change no log-probability by more than 0\.001, got 0\.01"):
         replay(bundle.model, bundle.processor, {**probe, "rows": moved})
     other = Bench("clip").processor().tokenizer
@@ -377,7 +379,7 @@ def test_a_model_that_writes_no_text_has_no_probe(tmp_path: Path) -> None:
         assert torch.equal(again(ids).last_hidden_state, bundle.model.eval()(ids).last_hidden_state)
 
 
-def test_greedy_text_is_cut_where_two_tokens_are_close() -> None:
+def test_greedy_text_is_sure_up_to_where_two_tokens_are_close() -> None:
     bundle = Bench("llama").bundle()
     whole = make_probe(bundle.model, bundle.processor)
     with torch.no_grad():
@@ -385,9 +387,23 @@ def test_greedy_text_is_cut_where_two_tokens_are_close() -> None:
     flat = make_probe(bundle.model, bundle.processor)
     assert whole is not None
     assert flat is not None
-    assert all(row["tokens"] for row in whole["rows"])
-    assert not any(row["tokens"] for row in flat["rows"])
+    assert all(row["sure"] for row in whole["rows"])
+    assert not any(row["sure"] for row in flat["rows"])
     assert replay(bundle.model, bundle.processor, flat)["tokens"] == 0
+
+
+def test_a_model_of_nan_is_neither_written_nor_taken_for_equal(tmp_path: Path) -> None:
+    bundle = Bench("llama").bundle()
+    probe = make_probe(bundle.model, bundle.processor)
+    assert probe is not None
+    unsure = {**probe, "rows": [{**row, "sure": 0} for row in probe["rows"]]}
+    assert replay(bundle.model, bundle.processor, unsure)["largest"] == 0
+    with torch.no_grad():
+        bundle.model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(GossamerError, match="must give finite log-probabilities"):
+        write_package(bundle, tmp_path / "package")
+    with pytest.raises(GossamerError, match=r"change no log-probability by more than 0\.001, got nan"):
+        replay(bundle.model, bundle.processor, unsure)
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,8 @@ def write_package(source: Bundle | str | Path, out: str | Path, *, keep_base: bo
 def make_probe(model: Any, processor: Any) -> dict[str, Any] | None:
     """What a causal text model does with a few prompts; None for a model of another kind.
 
-    A row a prompt: ``ids``, the greedy ``tokens`` after it, ``log_probs`` of all of them but the first. Greedy text is
-    cut where two tokens are so close that another machine's rounding may swap them.
+    A row a prompt: ``ids``, the greedy ``tokens`` after it, ``log_probs`` of all of them but the first, and how many
+    tokens are ``sure``: those before the first place where two are so close that rounding elsewhere may swap them.
     """
     if not callable(getattr(processor, "encode", None)) or not model.can_generate():
         return None
@@ -104,11 +104,12 @@ def make_probe(model: Any, processor: Any) -> dict[str, Any] | None:
         ids = list(processor(text)["input_ids"])
         made = _greedy(model, processor, ids, _NEW_TOKENS)
         table = _table(model, ids + made)
+        if not table.isfinite().all():
+            raise GossamerError("package: model", must="give finite log-probabilities", got=f"NaN or Inf on {text!r}")
         best = table[len(ids) - 1 : -1].topk(2)
-        clear = (best.values[:, 0] - best.values[:, 1] > 2 * bound) & (best.indices[:, 0].cpu() == torch.tensor(made))
-        made = made[: int(clear.long().cumprod(0).sum())]
-        # asked again, since a text of another length may round otherwise
-        rows.append({"text": text, "ids": ids, "tokens": made, "log_probs": _log_probs(model, ids + made)})
+        clear = (best.values[:, 0] - best.values[:, 1] > 2 * bound) & (best.indices[:, 0] == torch.tensor(made))
+        sure = int(clear.long().cumprod(0).sum())
+        rows.append({"text": text, "ids": ids, "tokens": made, "sure": sure, "log_probs": _taken(table, ids + made)})
     return {"bound": bound, "rows": rows}
 
 
@@ -123,14 +124,15 @@ def replay(model: Any, processor: Any, probe: dict[str, Any], *, where: str = "p
         ids = list(processor(row["text"])["input_ids"])
         if ids != row["ids"]:
             raise GossamerError(f"{where}: tokenizer", must="cut the prompts as before", got=ids, do=do)
-        made = _greedy(model, processor, ids, len(row["tokens"])) if row["tokens"] else []
-        if made != row["tokens"]:
-            must = f"add the tokens {row['tokens']} to {row['text']!r}"
+        sure = row["tokens"][: row["sure"]]
+        made = _greedy(model, processor, ids, len(sure)) if sure else []
+        if made != sure:
+            must = f"add the tokens {sure} to {row['text']!r}"
             raise GossamerError(f"{where}: model", must=must, got=made, do=do)
-        now = _log_probs(model, ids + made)
-        moved = [abs(a - b) for a, b in zip(now, row["log_probs"], strict=True) if max(a, b) > _SEEN]
+        now = _taken(_table(model, ids + row["tokens"]), ids + row["tokens"])
+        # both lines are written so that a NaN is no agreement
+        moved = [abs(a - b) for a, b in zip(now, row["log_probs"], strict=True) if not max(a, b) <= _SEEN]
         largest, tokens = max([largest, *moved]), tokens + len(made)
-        # written so that a NaN is no agreement
         if not all(change <= probe["bound"] for change in moved):
             must = f"change no log-probability by more than {probe['bound']:g}"
             raise GossamerError(f"{where}: model", must=must, got=f"{max(moved):.3g}", do=do)
@@ -151,9 +153,8 @@ def _table(model: Any, ids: list[int]) -> torch.Tensor:
     return logits.float().log_softmax(-1).cpu()
 
 
-def _log_probs(model: Any, ids: list[int]) -> list[float]:
+def _taken(table: torch.Tensor, ids: list[int]) -> list[float]:
     """Of the tokens that did come, ids[1:]."""
-    table = _table(model, ids)
     return [float(value) for value in table[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]]
 
 
