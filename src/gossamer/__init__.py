@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from gossamer.core.registry import systems
     from gossamer.hub.models import load_model as load
     from gossamer.pipeline.engine import run
-    from gossamer.pipeline.single import attach, compress, measure, system
+    from gossamer.pipeline.single import attach, compress, measure, saved, system
 
 __version__ = "0.1.0"
-__all__ = ["attach", "compress", "load", "measure", "run", "system", "systems"]
+__all__ = ["attach", "compress", "load", "measure", "run", "saved", "system", "systems"]
 
 _LAZY = {
     "load": ("gossamer.hub.models", "load_model"),
@@ -30,6 +30,7 @@ _LAZY = {
     "systems": ("gossamer.core.registry", "systems"),
     "system": ("gossamer.pipeline.single", "system"),
     "measure": ("gossamer.pipeline.single", "measure"),
+    "saved": ("gossamer.pipeline.single", "saved"),
     "attach": ("gossamer.pipeline.single", "attach"),
     "compress": ("gossamer.pipeline.single", "compress"),
 }

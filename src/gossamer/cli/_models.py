@@ -13,11 +13,15 @@ _LOOK_UP = 3  # tokens that are looked for in what came before
 
 
 def load_any(where: str) -> Bundle:
-    """A model by name, folder or hub id, or the result in the folder of a run with its fitted parts."""
+    """A model by name, folder or hub id, or a package or the result of a run with its fitted parts."""
     import gossamer
     from gossamer.core.bundle import Bundle
+    from gossamer.core.manifest import is_package
+    from gossamer.hub.packages import open_package
     from gossamer.pipeline.stage import load_bundle
 
+    if is_package(Path(where)):
+        return open_package(where)
     for folder in (Path(where) / "result", Path(where)):
         if (folder / "bundle.json").exists():
             bundle = load_bundle(folder)

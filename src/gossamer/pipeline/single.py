@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gossamer.core import registry
+from gossamer.core.bundle import Bundle
+from gossamer.core.errors import OptionError
+from gossamer.core.manifest import is_package
 
 
 def system(name: str, *, seed: int = 0, companions: Mapping[str, Any] | None = None, **options: Any) -> Any:
@@ -36,8 +39,18 @@ def measure(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     return {**parameters(model), "perplexity": found.ppl, "bits_per_byte": found.bits_per_byte}
 
 
-def saved(folder: str | Path) -> Any:
-    """The :class:`~gossamer.core.bundle.Bundle` that a run left in ``folder``."""
-    from gossamer.pipeline.stage import load_bundle
+def saved(folder: str | Path, without: Iterable[str] = ()) -> Bundle:
+    """The bundle that a run left in ``folder``, or that a package holds.
 
-    return load_bundle(Path(folder))
+    Adapters and parts of a package can be left out by name: ``saved(PACKAGE, without=("clover",))``.
+    """
+    from gossamer.hub.bundles import load_bundle
+    from gossamer.hub.packages import open_package
+
+    path, without = Path(folder).expanduser(), (without,) if isinstance(without, str) else tuple(without)
+    if is_package(path):
+        return open_package(path, without)
+    if without:
+        raise OptionError(f"saved({str(folder)!r}): without", must="be given for a package alone", do="export one")
+    inner = path / "result"
+    return load_bundle(inner if (inner / "bundle.json").exists() else path)

@@ -8,23 +8,22 @@ FOLDER/bundle.json
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gossamer.core import registry
 from gossamer.core.bundle import Bundle
-from gossamer.core.errors import InputError
 from gossamer.core.paths import atomic_dir, write_json
+from gossamer.hub.bundles import adapted_processor, load_bundle
 from gossamer.kinds.acceleration import Acceleration
 from gossamer.kinds.adapters import ModuleAdapter
 from gossamer.kinds.base import FittedSystem
 from gossamer.pipeline.job import Job
 
+__all__ = ["WHOLE", "adapted_processor", "is_adapted", "keep_whole", "load_bundle", "save_bundle", "save_processor",
+           "whole_path"]  # fmt: skip
+
 WHOLE = "whole"  # folder of a run with the model that a small copy stands for
-Companions = Callable[[], Mapping[str, Any]]
 
 
 def is_adapted(model: Any) -> bool:
@@ -32,11 +31,6 @@ def is_adapted(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel) or hasattr(model, ModuleAdapter.slot)
-
-
-def adapted_processor(adapter: Any, processor: Any) -> Any:
-    """The processor of the model with the adapter: an adapter that brings images or the like has one of its own."""
-    return adapter.processor(processor) if hasattr(adapter, "processor") else processor
 
 
 def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = False) -> None:
@@ -53,7 +47,7 @@ def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = Fa
                 shutil.copytree(base, path / "model")
         else:
             bundle.model.save_pretrained(path / "model")
-            _save_processor(bundle.processor, path / "model")
+            save_processor(bundle.processor, path / "model")
         for name, part in bundle.parts.items():
             if isinstance(part, FittedSystem):
                 part.save(path / "parts" / name)
@@ -65,32 +59,6 @@ def save_bundle(bundle: Bundle, folder: Path, *, base: str, keep_base: bool = Fa
             "lineage": bundle.lineage,
         }
         write_json(path / "bundle.json", record)
-
-
-def load_bundle(folder: Path, companions: Companions = dict) -> Bundle:
-    """Read what :func:`save_bundle` wrote; ``companions`` gives the further models that its systems name."""
-    from gossamer.hub.models import load_model
-
-    head = folder / "bundle.json"
-    if not head.exists():
-        raise InputError(str(folder), must="hold bundle.json", do="give the folder of a run")
-    record = json.loads(head.read_text(encoding="utf-8"))
-    model: Any
-    model, processor = load_model(record["base"] or str(folder / "model"))
-    adapters = [_system(call, companions) for call in record["adapters"]]
-    if (folder / "adapter").exists():
-        model = _load_adapter(model, folder / "adapter", adapters[-1])
-        processor = adapted_processor(adapters[-1], processor)
-    bundle = Bundle(model, processor, adapters=adapters, lineage=record["lineage"])
-    for name, call in record["parts"].items():
-        stored = folder / "parts" / name
-        if stored.exists():
-            bundle.parts[name] = registry.find(name).load().load(stored, bundle, _named(call, companions))
-        else:
-            bundle.parts[name] = _system(call, companions)
-    if record["acceleration"]:
-        bundle.model, bundle.processor = bundle.parts[record["acceleration"]].accelerate(bundle.model, processor)
-    return bundle
 
 
 def keep_whole(job: Job) -> None:
@@ -118,15 +86,7 @@ def _save_adapter(bundle: Bundle, folder: Path) -> None:
         bundle.model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def _load_adapter(model: Any, folder: Path, system: Any) -> Any:
-    if isinstance(system, ModuleAdapter):
-        return system.load(model, folder)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-
-
-def _save_processor(processor: Any, folder: Path) -> None:
+def save_processor(processor: Any, folder: Path) -> None:
     """Without the marks of where it was loaded from, so that a reloaded one is written as the same bytes."""
     for mark in ("is_local", "local_files_only"):
         getattr(processor, "init_kwargs", {}).pop(mark, None)
@@ -135,13 +95,3 @@ def _save_processor(processor: Any, folder: Path) -> None:
 
 def _call(system: Any) -> dict[str, Any]:
     return {"name": system.name, "options": system.config.as_dict(), "seed": system.seed}
-
-
-def _system(call: dict[str, Any], companions: Companions) -> Any:
-    named = _named(call, companions)
-    return registry.find(call["name"]).load()(seed=call["seed"], companions=named, **call["options"])
-
-
-def _named(call: dict[str, Any], companions: Companions) -> Mapping[str, Any]:
-    """The companions, loaded only where the system has an option that names one."""
-    return companions() if any(spec.companion for spec in registry.find(call["name"]).options) else {}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock
 
 from gossamer.core.errors import InputError, did_you_mean
+from gossamer.core.manifest import is_package
 from gossamer.core.paths import atomic_dir, cache_dir, sha256, write_json
 from gossamer.hub.models._gguf import check_gguf
 from gossamer.hub.models._packaged import PackagedModel
@@ -87,7 +88,8 @@ def load_model(
     """Model in eval mode with its processor (tokenizer, image processor or both), through the Auto classes.
 
     ``dtype`` "auto" is the checkpoint's own (float32 for a GGUF, whose blocks it unpacks exactly). ``task`` None takes
-    the head that the checkpoint was saved with. Raises InputError where a weight of the wanted model is not in the
+    the head that the checkpoint was saved with. The folder of a package gives its model with the adapter on it, after
+    every file was checked. Raises InputError where a weight of the wanted model is not in the
     checkpoint, where the checkpoint's quantiser is not registered, or where there is no processor.
     """
     import torch
@@ -95,6 +97,10 @@ def load_model(
     import transformers.models.auto.modeling_auto  # own architectures register when this comes
     from safetensors import SafetensorError
 
+    if is_package(Path(name_or_path).expanduser()):
+        from gossamer.hub.packages import open_model
+
+        return open_model(Path(name_or_path).expanduser(), dtype=dtype, task=task, offline=offline)
     found = resolve(name_or_path, offline=offline)
     source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     if found.gguf is not None:
@@ -146,6 +152,8 @@ def _folder(path: Path) -> Resolved:
 def _unusable(path: Path) -> tuple[str, str] | None:
     """What a folder lacks to be a model, and what to do; None where it lacks nothing."""
     names = {entry.name for entry in path.iterdir()}
+    if is_package(path):
+        return "a package (manifest.json)", "open it with gossamer.load or gossamer.saved"
     if "config.json" not in names:
         if "adapter_config.json" in names:
             return "an adapter (adapter_config.json)", "load its base model and attach the adapter to it"
