@@ -99,7 +99,9 @@ def test_masks_are_those_of_trying_each_token(pattern: str, seed: int, tiny: tup
         assert found & {0, 1} == ({0, 1} if whole else set())
         assert found - {0, 1} <= wanted
         firsts = {words[n][0] for n in wanted}
-        if len(firsts) > 1 or whole or "[^" in pattern:  # else the text is forced, and other spellings of it are left out
+        if (
+            len(firsts) > 1 or whole or "[^" in pattern
+        ):  # else the text is forced, and other spellings of it are left out
             assert found - {0, 1} == wanted
         assert found
         going_on = sorted(found - {0, 1})
@@ -130,8 +132,9 @@ def test_random_scores_give_whole_answers(seed: int, nursery: tuple[Any, Any, Gr
 def test_a_model_samples_and_searches_within_the_grammar(nursery: tuple[Any, Any, Grammars]) -> None:
     model, tokenizer, grammars = nursery
     inputs = tokenizer(["The year was", "In"], return_tensors="pt", padding=True, padding_side="left")
-    grammar = grammars.json_schema({"type": "object", "properties": {"year": {"type": "string", "pattern": f"^{DATE}$"}},
-                                    "required": ["year"], "additionalProperties": False})  # fmt: skip
+    year = {"type": "string", "pattern": f"^{DATE}$"}
+    schema = {"type": "object", "properties": {"year": year}, "required": ["year"], "additionalProperties": False}
+    grammar = grammars.json_schema(schema)
     start = inputs["input_ids"].shape[1]
     for options in ({"do_sample": True, "top_p": 0.9, "top_k": 5}, {"num_beams": 3}, {"do_sample": False}):
         processor = GrammarProcessor(grammar, start)
