@@ -23,7 +23,8 @@ LAYERS = (
     {"kinds"},
     {SYSTEMS},
     {"pipeline"},
-    {"experiments", "benchmarks", "serving", "testing"},
+    {"experiments", "serving", "testing"},
+    {"benchmarks"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

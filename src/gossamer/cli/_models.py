@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from gossamer.core.bundle import Bundle
 
@@ -54,15 +56,32 @@ class Writer:
 
     def write(self, text: str, new_tokens: int, temperature: float, seed: int) -> str:
         """Print the continuation as it comes and return it. Sampling keeps the checkpoint's own top_k and top_p."""
-        import torch
-        from transformers import TextStreamer
+        said = ""
+        for piece in self.pieces(self.tokenizer(text)["input_ids"], new_tokens, temperature, seed):
+            typer.echo(piece, nl=False)
+            said += piece
+        typer.echo()
+        return said
 
-        printer, made = TextStreamer(self.tokenizer, skip_special_tokens=True), list[int]()
-        for token in self._tokens(self.tokenizer(text)["input_ids"], new_tokens, self._choice(temperature, seed)):
+    def pieces(self, ids: list[int], new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+        """The continuation of a prompt's tokens, text as it comes, without special tokens."""
+        made, text, shown = list[int](), "", 0
+        for token in self._tokens(ids, new_tokens, self._choice(temperature, seed)):
             made.append(token)
-            printer.put(torch.tensor([token]))
-        printer.end()
-        return str(self.tokenizer.decode(made, skip_special_tokens=True))
+            text = str(self.tokenizer.decode(made, skip_special_tokens=True))
+            # a letter of several tokens is shown when it is whole
+            if not text.endswith("\ufffd") and len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+        if len(text) > shown:
+            yield text[shown:]
+
+    @property
+    def length(self) -> int:
+        """Tokens that a prompt and its continuation may have."""
+        from gossamer.parts.decode_runner import MAX_LENGTH
+
+        return min(getattr(self.model.config.get_text_config(), "max_position_embeddings", MAX_LENGTH), MAX_LENGTH)
 
     def _tokens(self, ids: list[int], count: int, choice: Any) -> Iterator[int]:
         if self.decoder is None:

@@ -1,4 +1,4 @@
-"""Talk with a model in the terminal; an empty line ends it."""
+"""Talk with a model in the terminal, alone or beside the untouched one; /help shows what else there is."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import typer
 
 def command(
     model: str = typer.Argument(help="A name, folder, hub id or the folder of a run."),
-    new_tokens: int = typer.Option(200, "--new-tokens", help="Longest answer, in tokens."),
-    temperature: float = typer.Option(0.7, "--temperature", help="0 is greedy."),
+    new_tokens: int = typer.Option(200, "--new-tokens", min=1, help="Longest answer, in tokens."),
+    temperature: float = typer.Option(0.7, "--temperature", min=0.0, help="0 is greedy."),
     seed: int = typer.Option(0, "--seed", help="For sampling."),
 ) -> None:
-    from gossamer.cli._models import Writer, load_any
-    from gossamer.parts.data import render
+    from rich.console import Console
 
-    writer = Writer(load_any(model))
-    messages: list[dict[str, str]] = []
-    while text := typer.prompt("you", default="", show_default=False).strip():
-        messages.append({"role": "user", "content": text})
-        # the tokenizer puts its own bos first
-        prompt = render(messages, writer.tokenizer, add_generation_prompt=True).removeprefix(
-            writer.tokenizer.bos_token or ""
-        )
-        answer = writer.write(prompt, new_tokens, temperature, seed)
-        messages.append({"role": "assistant", "content": answer.strip()})
+    from gossamer.cli._chat import Chat, base_of, talk
+    from gossamer.cli._models import Writer, load_any
+
+    def opened(name: str) -> Writer:
+        return Writer(load_any(name))
+
+    console = Console()
+    chat = Chat(model, opened(model), opened, base_of(model), new_tokens, temperature, seed)
+    talk(chat, lambda: console.input("[bold]you>[/bold] "), console)
