@@ -56,8 +56,8 @@ def conclude(results: Results) -> Conclusion:
     effect, low, high = drafting.against(results, "clover", "medusa")
     gaps = [a - b for a, b in zip(hits["clover"], hits["no_regression"], strict=True)]
     cost = {name: results.mean("cost", name) for name in results["cost"][SEEDS[0]]}
-    sweep = {n: results.mean("batches", f"clover_{n}") for n in BATCHES}
-    plain = {n: results.mean("batches", f"plain_{n}") for n in BATCHES}
+    sweep = {n: results.mean("batches", f"clover_{n}_per_s") for n in BATCHES}
+    plain = {n: results.mean("batches", f"plain_{n}_per_s") for n in BATCHES}
     rates = "; ".join(f"{arm} " + " ".join(f"{rate:.2f}" for rate in hits[arm]) for arm in arms)
     lines = (
         MustSee("the text is that of greedy decoding", f"{same:.1%} of {prompts} prompts an arm", same == 1),
@@ -169,5 +169,5 @@ def _batches(seed: int, lab: Lab) -> dict[str, float]:
             while live := [state for state in states if state.room]:
                 system.step(model, live)
             taken["clover"].append(time.perf_counter() - start)
-        found |= {f"{name}_{count}": count * drafting.NEW / statistics.median(t) for name, t in taken.items()}
+        found |= {f"{name}_{count}_per_s": count * drafting.NEW / statistics.median(t) for name, t in taken.items()}
     return found
