@@ -74,10 +74,12 @@ def read_tokens(tokenizer: Any, rows: int, ends: list[int]) -> GgufTokens:
     adds_bos, adds_eos = _frame(tokenizer)
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else (ends[0] if ends else None)
     if eos is None:
-        _refuse("have an end token, for which llama.cpp would otherwise take token 11 or 2", "none", "set eos_token")
+        raise _refusal(
+            "have an end token, for which llama.cpp would otherwise take token 11 or 2", "none", "set eos_token"
+        )
     others = tuple(end for end in ends if end != eos)
     if len(others) > 2:
-        _refuse("have three end tokens at most", ends, "shorten generation_config.eos_token_id")
+        raise _refusal("have three end tokens at most", ends, "shorten generation_config.eos_token_id")
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
@@ -88,16 +90,16 @@ def read_tokens(tokenizer: Any, rows: int, ends: list[int]) -> GgufTokens:
 
 
 def _specification(tokenizer: Any) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        _refuse("be a fast tokenizer (tokenizer.json)", type(tokenizer).__name__)
+        raise _refusal("be a fast tokenizer (tokenizer.json)", type(tokenizer).__name__)
     spec: dict[str, Any] = json.loads(backend.to_str())
     model = spec["model"]
     if model.get("type") != "BPE":
-        _refuse("be BPE, which is what these files can hold", model.get("type"))
+        raise _refusal("be BPE, which is what these files can hold", model.get("type"))
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
-            _refuse(f"do without {key}", model[key])
+            raise _refusal(f"do without {key}", model[key])
     return spec
 
 
@@ -108,7 +110,7 @@ def _tokens(spec: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     by_id |= {id_: token["content"] for id_, token in added.items()}
     if max(by_id) >= rows:
         do = "give the tokenizer that the model was trained with, or resize the embedding"
-        _refuse(f"fit the model's {rows} embedding rows", f"token ids up to {max(by_id)}", do)
+        raise _refusal(f"fit the model's {rows} embedding rows", f"token ids up to {max(by_id)}", do)
     tokens = [by_id.get(id_, f"[PAD{id_}]") for id_ in range(rows)]
     types: list[int] = [TokenType.NORMAL if id_ in by_id else TokenType.UNUSED for id_ in range(rows)]
     for id_, token in added.items():
@@ -120,9 +122,9 @@ def _space_prefix(spec: dict[str, Any]) -> bool:
     """Whether a space is put before a text, of a tokenizer that writes spaces as marks."""
     missing = [token for token in _BYTES if token not in spec["model"]["vocab"]]
     if missing:
-        _refuse("hold the 256 byte tokens", f"{len(missing)} missing, {missing[0]} first")
+        raise _refusal("hold the 256 byte tokens", f"{len(missing)} missing, {missing[0]} first")
     if spec["model"].get("ignore_merges"):
-        _refuse("follow its merges", "ignore_merges")
+        raise _refusal("follow its merges", "ignore_merges")
     steps = _leaves(spec["normalizer"], "normalizers")
     before = _leaves(spec["pre_tokenizer"], "pretokenizers")
     prefix = {"type": "Prepend", "prepend": _MARK} in steps
@@ -136,7 +138,7 @@ def _space_prefix(spec: dict[str, Any]) -> bool:
         space = before[0]
         if space["replacement"] == _MARK and not space.get("split", True):
             return bool(space["prepend_scheme"] != "never")
-    return _refuse("write spaces as marks and split nowhere", f"{steps or 'no normalizer'}, {before or 'no split'}")
+    raise _refusal("write spaces as marks and split nowhere", f"{steps or 'no normalizer'}, {before or 'no split'}")
 
 
 def _scores(spec: dict[str, Any], rows: int) -> list[float]:
@@ -147,7 +149,7 @@ def _scores(spec: dict[str, Any], rows: int) -> list[float]:
     for place, (left, right) in enumerate(spec["model"]["merges"]):
         made = left + right
         if made in first and made != last:
-            _refuse("merge in the order of what is made", f"merges of {made!r} that do not stand together")
+            raise _refusal("merge in the order of what is made", f"merges of {made!r} that do not stand together")
         first.setdefault(made, place)
         last = made
     scores = [_LOWEST] * rows
@@ -167,7 +169,7 @@ def _byte_level(spec: dict[str, Any]) -> str:
         return "gpt-2"
     if spec["normalizer"] is None and ignores and words == [split, level | {"use_regex": False}]:
         return "llama-bpe"
-    return _refuse(
+    raise _refusal(
         "be byte-level BPE that cuts text as GPT-2 or Llama 3 does, or BPE with byte fallback",
         json.dumps([spec["normalizer"], words])[:200],
     )
@@ -181,7 +183,7 @@ def _frame(tokenizer: Any) -> tuple[bool, bool]:
     for first, last in ((False, False), (True, False), (False, True), (True, True)):
         if whole == bos * first + bare + eos * last:
             return first, last
-    return _refuse("put nothing but the start and end token around a text", f"{whole} around {bare}")
+    raise _refusal("put nothing but the start and end token around a text", f"{whole} around {bare}")
 
 
 def _leaves(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -190,5 +192,7 @@ def _leaves(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return [leaf for part in node[key] for leaf in _leaves(part, key)] if node["type"] == "Sequence" else [node]
 
 
-def _refuse(must: str, got: Any, do: str = "export to safetensors or onnx, which keep the tokenizer as it is") -> Any:
-    raise InputError(_WHERE, must=must, got=got, do=do)
+def _refusal(
+    must: str, got: Any, do: str = "export to safetensors or onnx, which keep the tokenizer as it is"
+) -> InputError:
+    return InputError(_WHERE, must=must, got=got, do=do)

@@ -144,7 +144,7 @@ class _Decoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
 
-        cache = DynamicCache(past)  # without the config: sliding layers too keep all places
+        cache: Any = DynamicCache(past)  # without the config: sliding layers too keep all places
         total, new = attention_mask.shape[1], input_ids.shape[1]
         here, there = (torch.arange(new) + total - new)[:, None], torch.arange(total)[None]
         seen = (there <= here)[None] & (attention_mask[:, None] > 0)  # [b, t, s + t]

@@ -38,6 +38,7 @@ def refuse_own_shapes(model: Any, where: str) -> None:
 def as_float32(model: nn.Module) -> nn.Module:
     """``model`` itself, computing in float32 on the weights that it has; packed weights stay packed."""
     nn.Module.float(model).eval()  # transformers' own refuses quantised models, whose packed weights do not change here
+    module: Any
     for module in model.modules():
         if hasattr(module, "scalar_embed_scale"):  # a model in bfloat16 holds it rounded
             module.embed_scale = torch.tensor(float(module.scalar_embed_scale), device=module.embed_scale.device)

@@ -26,7 +26,7 @@ TEXTS = (
     _CODE + "\treturn total / len(values)  # 0 < n\n\n\nprint(mean([1.5, 2, 1234567]))\n",
     "  Two spaces first; café, naïve, ß, 你好, Ελλάδα, 🙂!\r\nI'm sure they'll say: 100% <b>done</b>...   ",
 )
-_PROSE = _CODE + heapq.__about__  # type: ignore[attr-defined]
+_PROSE = _CODE + heapq.__about__
 _MESSAGES = [{"role": "user", "content": "Say hello."}]
 
 

@@ -166,8 +166,8 @@ def _peft(bundle: Bundle, out: Path, kind: None) -> tuple[dict[str, Any], str | 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with _placed(out, 4 * trained, atomic_dir) as path:
         export_plain.write_peft(model, path)
+        export_plain.restore_linears(model)  # PEFT alone knows no packed layers
         base = bundle.adapters[-1].detach(model) if bundle.adapters else model.unload()
-        export_plain.restore_linears(base)  # PEFT alone knows no packed layers
         again: Any = PeftModel.from_pretrained(base, str(path))
         after = probe(again, bundle.processor, TEXTS, like=before)
         return prove_same(before, after, what="export peft", largest=_ADAPTER, weights=False).as_dict(), None
