@@ -4,6 +4,7 @@ gguf         one file for llama.cpp: f16, q8_0 or q4_0, with tokenizer and chat 
 onnx         a folder with model.onnx, float32, for ONNX Runtime; decoders with their cache
 safetensors  a folder that transformers loads without Gossamer: bf16, f16 or f32
 peft         the attached adapter as a folder that PEFT loads without Gossamer: plain LoRA wherever it is low-rank
+package      everything, with a manifest: :mod:`gossamer.pipeline.packages`, which has a proof of its own
 
 The proof compares with the model as it was handed in, adapter and packed weights included, computing in float32 on the
 weights that it has. Bounds are top-1 agreement, KL and the largest change of a log-probability at 640 positions; of
@@ -42,6 +43,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     "onnx": (),
     "safetensors": tuple(export_plain.TYPES),
     "peft": (),
+    "package": (),
 }
 _ONNX = Bound(top1=0.99, kl=1e-6, largest=1e-2)
 _SAFETENSORS = {"f32": Bound(top1=0.99, kl=1e-6, largest=1e-2), "f16": Bound(kl=1e-3), "bf16": Bound(kl=1e-2)}
@@ -95,6 +97,13 @@ def export(bundle: Bundle, out: Path, to: str, kind: str | None = None) -> Expor
         proof, kind = _WRITERS[to](bundle, out, kind)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     return Exported(str(out), to, kind, sum(path.stat().st_size for path in files), proof)
+
+
+def _package(bundle: Bundle, out: Path, kind: None) -> tuple[dict[str, Any], str | None]:
+    from gossamer.core.manifest import summary
+    from gossamer.pipeline.packages import write_package
+
+    return summary(write_package(bundle, out)), kind
 
 
 def _gguf(bundle: Bundle, out: Path, kind: str | None) -> tuple[dict[str, Any], str | None]:
@@ -174,7 +183,13 @@ def _peft(bundle: Bundle, out: Path, kind: None) -> tuple[dict[str, Any], str | 
 
 
 Writer = Callable[[Bundle, Path, Any], tuple[dict[str, Any], str | None]]
-_WRITERS: dict[str, Writer] = {"gguf": _gguf, "onnx": _onnx, "safetensors": _safetensors, "peft": _peft}
+_WRITERS: dict[str, Writer] = {
+    "gguf": _gguf,
+    "onnx": _onnx,
+    "safetensors": _safetensors,
+    "peft": _peft,
+    "package": _package,
+}
 
 
 def _base(model: Any) -> Any:
