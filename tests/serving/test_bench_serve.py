@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from gossamer.serving.app import build_app
-from gossamer.serving.engine import Capacity, Engine
-from gossamer.serving.limits import Settings
-from gossamer.serving.server import background
 
 from gossamer.benchmarks import _serve_load, _serve_mix, serve
 from gossamer.benchmarks._serve_client import Reply, Request, Server, post, send
@@ -22,6 +18,10 @@ from gossamer.core.bundle import Bundle
 from gossamer.hub.nursery import load_nursery
 from gossamer.parts.requests import Choice
 from gossamer.parts.token_constraints import GrammarProcessor, Grammars
+from gossamer.serving.app import build_app
+from gossamer.serving.engine import Capacity, Engine
+from gossamer.serving.limits import Settings
+from gossamer.serving.server import background
 from gossamer.testing.bench import Bench
 
 

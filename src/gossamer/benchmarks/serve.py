@@ -264,7 +264,7 @@ def _valid(schema: dict[str, Any], reply: Reply) -> bool:
     try:
         import jsonschema_rs
     except ImportError as error:
-        raise MissingExtra("bench serve", "test") from error
+        raise MissingExtra("bench serve", "bench") from error
     if reply.status != 200 or reply.finish != "stop":
         return False
     try:
