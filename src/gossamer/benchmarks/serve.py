@@ -205,7 +205,7 @@ def grammar_times(model: str, texts: dict[int, list[str]]) -> list[float]:
     from gossamer.parts.token_constraints import GrammarProcessor, Grammars
 
     loaded, tokenizer = _loaded(model)
-    size, times = int(loaded.get_output_embeddings().weight.shape[0]), list[float]()
+    size, times = int(loaded.config.get_text_config().vocab_size), list[float]()
     grammars, scores = Grammars(tokenizer, size, end_ids(loaded, tokenizer)), torch.zeros(1, size)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -264,7 +264,7 @@ def _valid(schema: dict[str, Any], reply: Reply) -> bool:
     try:
         import jsonschema_rs
     except ImportError as error:
-        raise MissingExtra("bench serve", "test") from error
+        raise MissingExtra("bench serve", "bench") from error
     if reply.status != 200 or reply.finish != "stop":
         return False
     try:
