@@ -6,6 +6,7 @@ several rows at once then wait for memory that one row alone would have got in t
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 
@@ -39,8 +40,6 @@ def _chunk(size: int) -> memoryview:
     memory = mmap.mmap(-1, size + _PAGE)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a system built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a system built without them
-            pass
     return memoryview(memory)[start : start + size]
