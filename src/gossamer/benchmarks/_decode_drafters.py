@@ -24,8 +24,9 @@ from gossamer.core.paths import cache_dir, write_json
 KINDS = {"code": "python_source", "prose": "english_prose", "questions": "python_functions"}
 BASES = {"runner_bf16": "bfloat16", "quality_arm": "int8", "small_arm": "stored"}
 BUDGET: dict[str, Any] = {"steps": 400, "batch_size": 4, "length": 160, "draft_vocab": 8192, "rate": 1e-3}
+LOOK_UP = 8  # tokens at most that are looked for in what came before
 DRAFTERS: dict[str, dict[str, Any]] = {
-    "prompt_lookup": {},
+    "prompt_lookup": {"ngram": LOOK_UP},
     "medusa": {"heads": 5, "tree": "beam", "top_k": 4, "total_tokens": 12},
     "clover": {"heads": 5, "tree": "clover", "budget": 12},
     "chimera": {"heads": 5, "depth": 5, "tree": "beam", "top_k": 4, "total_tokens": 12},
@@ -34,7 +35,6 @@ DRAFTERS: dict[str, dict[str, Any]] = {
 CHEAP = ("prompt_lookup", "medusa")
 ROWS, PROMPT, OWN, MAX_LENGTH = 400, 48, 64, 1024
 COMPANY = 16  # texts that are continued together
-LOOK_UP = 3  # tokens that are looked for in what came before
 
 
 def compare(model: Any, small: Any, tokenizer: Any, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from gossamer.core.bundle import Bundle
 
-_LOOK_UP = 3  # tokens that are looked for in what came before
+_LOOK_UP = 8  # tokens at most that are looked for in what came before
 
 
 def load_any(where: str) -> Bundle:

@@ -73,6 +73,7 @@ struct Model {
 namespace {
 
 constexpr int kGroup = 32, kLanes = 16, kTile = 4;
+constexpr int kAhead = 4096;  // bytes of weights that are asked for before they are due
 
 inline F16 load(const float* p) {
   F16 v;
@@ -167,11 +168,15 @@ void prepare(const Matrix& m, const float* x, int row, Rows& to) {
   else quantise(x, m.columns, row, to);
 }
 
-// sum of 2 products a lane, of bfloat16 pairs
-inline F16 dot2(F16 sum, B64 weights, uint32_t two) {
+// sum of 2 products a lane, of bfloat16 pairs; the activations are spread over the lanes from memory, which costs nothing
+inline F16 dot2(F16 sum, B64 weights, const uint16_t* pair) {
 #if defined(__AVX512BF16__)
-  return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(two));
+  float two;
+  std::memcpy(&two, pair, sizeof two);
+  return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_ps(two));
 #else
+  uint32_t two;
+  std::memcpy(&two, pair, sizeof two);
   I16 words;
   std::memcpy(&words, &weights, sizeof words);
   const I16 first = words << 16, second = words & (int32_t)0xffff0000;
@@ -252,6 +257,7 @@ void block_times_rows(const Matrix& m, const Rows& a, int block, int row, float*
     const size_t place = (size_t)block * groups + g;
     const uint8_t* group = m.codes + place * bytes;
     const F16 scales = scales_of(m, place);
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(group + line + kAhead);
     I16 sum[T];
     for (int t = 0; t < T; t++) sum[t] = I16{} - shift * a.sums[(size_t)(row + t) * groups + g];
 #pragma GCC unroll 8
@@ -287,12 +293,13 @@ void block_times_halves(const Matrix& m, const Rows& a, int block, int row, floa
     B64 first, second;
     std::memcpy(&first, weights + p * sizeof(B64), sizeof first);
     std::memcpy(&second, weights + (p + 1) * sizeof(B64), sizeof second);
+    __builtin_prefetch(weights + p * sizeof(B64) + kAhead);
+    __builtin_prefetch(weights + (p + 1) * sizeof(B64) + kAhead);
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
-      uint32_t x[2];
-      std::memcpy(x, a.halves.data() + (size_t)(row + t) * m.columns + 2 * p, sizeof x);
-      even[t] = dot2(even[t], first, x[0]);
-      odd[t] = dot2(odd[t], second, x[1]);
+      const uint16_t* x = a.halves.data() + (size_t)(row + t) * m.columns + 2 * p;
+      even[t] = dot2(even[t], first, x);
+      odd[t] = dot2(odd[t], second, x + 2);
     }
   }
   const int first = block * kLanes, count = std::min(kLanes, m.out - first);

@@ -27,6 +27,7 @@ from gossamer.core.errors import GossamerError, OptionError, did_you_mean
 from gossamer.core.paths import cache_dir
 from gossamer.parts.decode_state import LANES
 from gossamer.parts.decode_weights import GROUP, Codes, rounded
+from gossamer.parts.huge_pages import in_huge_pages
 
 SOURCE = Path(__file__).with_name("decode_kernels.cpp")
 _COMMON = ("-O3", "-std=c++20", "-fopenmp", "-Wno-psabi")
@@ -68,9 +69,11 @@ class NativeMatrix:
     """A matrix in the layout of the kernels. Float32 in and out."""
 
     def __init__(self, tensors: Sequence[Tensor | None], shape: tuple[int, int], bits: int, inputs: int, lib: Library):
-        self.library, self.inputs, self.tensors = lib, inputs, tuple(tensors)
+        self.library, self.inputs = lib, inputs
+        self.tensors = tuple(None if tensor is None else in_huge_pages(tensor) for tensor in tensors)
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
-        wide = tensors[1] is not None and tensors[1].dtype == torch.float32
+        scales = self.tensors[1]
+        wide = scales is not None and scales.dtype == torch.float32
         self.struct = MatrixStruct(*map(address, self.tensors), *shape, bits, wide)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ class NativeHalf(NativeMatrix):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, library: Library) -> None:
         padded = _padded(F.pad(weight, (0, -weight.shape[1] % GROUP)))
-        pairs = padded.view(-1, LANES, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+        pairs = padded.view(-1, LANES, padded.shape[1] // 2, 2).transpose(1, 2)
         own = None if bias is None else bias.float().contiguous()
         super().__init__((pairs, None, None, own), (len(weight), padded.shape[1]), 16, weight.shape[1], library)
 
@@ -203,12 +206,12 @@ def _codes(form: Codes) -> Tensor:
     codes = form.codes
     unsigned = codes.view(torch.uint8) ^ 128 if form.bits == 8 else (codes + 8).view(torch.uint8)
     grid = _padded(unsigned).view(-1, LANES, codes.shape[1] // GROUP, 8, 4).permute(0, 2, 3, 1, 4).flatten(-2)
-    return grid.contiguous() if form.bits == 8 else grid[:, :, :4] | grid[:, :, 4:] << 4
+    return grid if form.bits == 8 else grid[:, :, :4] | grid[:, :, 4:] << 4
 
 
 def _blocks(values: Tensor) -> Tensor:
     """[out, groups] -> [blocks, groups, 16]."""
-    return _padded(values).view(-1, LANES, values.shape[1]).transpose(1, 2).contiguous()
+    return _padded(values).view(-1, LANES, values.shape[1]).transpose(1, 2)
 
 
 def _padded(rows: Tensor) -> Tensor:
