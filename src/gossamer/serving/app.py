@@ -160,7 +160,7 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
     asked = _responses(_EVERYWHERE | _ASKING)
 
     def streamed(reply: Any) -> dict[int | str, dict[str, Any]]:
-        return {**asked, 200: {"model": reply, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+        return {**asked, 200: {"model": reply, "content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", response_model=ChatReply, responses=streamed(ChatReply))
     async def chat(body: ChatRequest, request: Request) -> Response:
