@@ -18,6 +18,7 @@ from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import gossamer
+from gossamer.cli._chat import base_of
 from gossamer.core.bundle import Bundle
 from gossamer.core.errors import GossamerError, InputError, OptionError
 from gossamer.core.manifest import MANIFEST, read_manifest, seal
@@ -231,6 +232,7 @@ def test_a_base_that_is_installed_is_referred_to(referring: Path) -> None:
     assert replay(model, tokenizer, manifest["probe"])["largest"] == 0
     plain = open_package(referring, ("lora",))
     assert torch.equal(logits(plain.model), logits(gossamer.load("llama-7m")[0]))
+    assert base_of(str(referring)) == "llama-7m"
 
 
 def test_another_model_of_that_name_is_refused(

@@ -104,7 +104,7 @@ class Chat:
             return f"{self.name} answers alone"
         name = name or self.base or ""
         if not name:
-            return f"{self.name} is no run, so there is no untouched model: write /compare NAME"
+            return f"the untouched model of {self.name} is not known: write /compare NAME"
         if name not in self._opened:
             self._opened[name] = self.open_model(name)
         self.speakers[1:] = [Speaker(name, self._opened[name], self.speakers[0].turns)]
@@ -134,9 +134,13 @@ def talk(chat: Chat, read: Callable[[], str], console: Console) -> None:
 
 
 def base_of(where: str) -> str | None:
-    """The model that the run in a folder, or in the folder above its result, began with."""
+    """The model that a package refers to, or that the run in a folder or above its result began with."""
+    from gossamer.core.manifest import is_package, read_manifest
     from gossamer.core.recipe import read_recipe
 
+    if is_package(Path(where)):
+        name: str | None = read_manifest(Path(where))["base"]["name"]
+        return name
     for folder in (Path(where), Path(where).parent):
         if (folder / "recipe.yaml").is_file() and (folder / "result").is_dir():
             return str(read_recipe(folder / "recipe.yaml").model)

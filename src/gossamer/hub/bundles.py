@@ -49,7 +49,7 @@ def assemble(bundle: Bundle, folder: Path, record: Mapping[str, Any], companions
             bundle.parts[name] = registry.find(name).load().load(stored, bundle, _named(call, companions))
         else:
             bundle.parts[name] = _system(call, companions)
-    if record["acceleration"]:
+    if record.get("acceleration"):
         fast = bundle.parts[record["acceleration"]]
         bundle.model, bundle.processor = fast.accelerate(bundle.model, bundle.processor)
     return bundle
