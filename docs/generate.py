@@ -27,6 +27,7 @@ from gossamer.core.report import Report, Value, metric_of, show, show_interval, 
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = registry.PACKAGE / "evidence" / "bench" / "quickstart.json"
+SPEED = registry.PACKAGE / "evidence" / "bench" / "decode.json"
 MADE = "<!-- written by docs/generate.py from the source: make docs -->"
 STATES = {
     "shown": "shown",
@@ -47,6 +48,7 @@ def generated() -> dict[Path, str]:
     files[folder / "index.md"] = index(entries)
     blocks = {
         "demo": demo(),
+        "speed": speed(),
         "catalogue": catalogue([entry for entry in entries if not entry.card.builtin]),
         "steps": "\n\n".join(step(entry) for entry in registry.steps().values()),
         "data": options(DataConfig.specs),
@@ -156,6 +158,32 @@ def demo() -> str:
     device = report.device.get("device", "unknown processor")
     cores = f", {report.device['cores']} cores" if "cores" in report.device else ""
     note = f"Measured on {report.created[:10]}, {device}{cores}, seed {report.seed}; data {report.data}."
+    return "\n\n".join([*made, _escape(note)])
+
+
+def speed() -> str:
+    """What ``bench decode`` measured: its arms as a table, and what the best drafter adds."""
+    found = json.loads(SPEED.read_text(encoding="utf-8"))
+    arms, drafters = (part["rows"] for part in found["tables"])
+    columns = {
+        "tokens_per_s": "tokens/s",
+        "prefill_per_s": "prefill, tokens/s",
+        "perplexity": "perplexity",
+        "megabytes": "MB",
+        "bits_per_weight": "bits a weight",
+    }
+    rows = [(_code(arm["arm"]), *(f"{arm[column]:.4g}" for column in columns)) for arm in arms]
+    best: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in drafters:
+        texts = best.setdefault(row["base"], {})
+        texts[row["text"]] = max(texts.get(row["text"], row), row, key=lambda one: one["ratio"])
+    gains = [
+        (_code(base), *(f"{row['ratio']:.2f} ({_escape(row['drafter'])})" for row in texts.values()))
+        for base, texts in best.items()
+    ]
+    made = [table(("", *columns.values()), rows), "The best drafter's wall clock over none, texts equal to the token:"]
+    made.append(table(("", *next(iter(best.values()))), gains))
+    note = f"One run with the arms in turn: {found['date']}, {found['cpu']}, {found['threads']} threads, batch 1."
     return "\n\n".join([*made, _escape(note)])
 
 
