@@ -18,9 +18,11 @@ Kurtic, Frantar, Alistarh, NeurIPS 2023 (arXiv 2302.04089). Per block two layers
 :meth:`ZipLM.family` gives a model for each target; ``compress`` gives the last: one-shot for that target alone,
 gradually by way of those before.
 
-Differences from the paper: the first start of the search has all coefficients 1; the loss is looked at on the first
-calibration tokens only (:data:`SEARCH_TOKENS`); the token loss is SquareHead's, divided by the teacher's size. Where a
-model has neither labels nor a next token to predict, the loss is the distance from its own outputs.
+Differences from the paper: errors count in units of real loss, ``p_{l,s}`` times the loss that matrix l alone adds near
+half of its units over its error there, since an error of attention costs a model far less than one of an FFN; the first
+start of the search has all coefficients 1; the loss is looked at on the first ``search_tokens`` of the calibration; the
+token loss is SquareHead's, divided by the teacher's size. Where a model has neither labels nor a next token to predict,
+the loss is the distance from its own outputs.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ CARD = Card(
     families=("llama", "gpt2"),
     limits="recovery by long training and latencies on GPUs are not shown",
 )
-SEARCH_TOKENS = 4096
+_LEAST = 1e-3  # of the largest scale: no error is worth nothing
 
 
 class ZipLMConfig(Config):
@@ -72,6 +74,7 @@ class ZipLMConfig(Config):
     shape: tuple[int, ...] = option((1, 128), "rows and tokens that are timed and cached", ge=1, effect="speed")
     levels_ffn: float = option(0.9, "each FFN width over the one before", gt=0, lt=1)
     damp: float = option(0.01, "added to a singular Hessian, in mean diagonals", gt=0)
+    search_tokens: int = option(16384, "calibration tokens on which the search looks at the loss", ge=1)
     search_starts: int = option(10, "coefficient vectors that the search starts from", ge=1)
     search_steps: int = option(50, "steps of local search", ge=0)
     mutate: float = option(0.1, "share of the coefficients that a step draws anew", gt=0, le=1)
@@ -136,7 +139,7 @@ class Run:
         self.widths = ffn_widths(max(block.neurons for block in blocks), self.config.levels_ffn)
         self.costs = self._costs(blocks)
         self.bytes_before = held_bytes(model)
-        self.loss = loss_of(model, _first(self.batches, SEARCH_TOKENS))
+        self.loss = loss_of(model, _first(self.batches, self.config.search_tokens))
         self.loss_before = self.loss(model)
         self.teacher = copy.deepcopy(model) if self.config.tune_steps else None
         if self.config.tune_steps and self.config.distil[0] and not self._has_task():
@@ -151,11 +154,13 @@ class Run:
     def levels(self, removal: Removal | None = None) -> list[Levels]:
         """Levels of the model as it is now."""
         removal = removal or functools.partial(remove_units, damp=self.config.damp)
-        return build_levels(self.model, self.batches, find_blocks(self.model), self.widths, removal)
+        found = build_levels(self.model, self.batches, find_blocks(self.model), self.widths, removal)
+        scales = self._scales(found)
+        return [dataclasses.replace(matrix, scale=scale) for matrix, scale in zip(found, scales, strict=True)]
 
     def search(self, levels: Sequence[Levels], target: float) -> Found:
         """The best levels for ``target``; the model is as before afterwards. OptionError where it is out of reach."""
-        errors = [np.array([level.error for level in matrix.levels]) for matrix in levels]
+        errors = [matrix.scale * np.array([level.error for level in matrix.levels]) for matrix in levels]
         config, costs, budget = self.config, self.level_costs(levels), self.budget(target)
         if sum(cost[0] for cost in costs) <= budget:
             return Found((0,) * len(levels), self.loss(self.model), 1)
@@ -225,6 +230,18 @@ class Run:
         other = copy.copy(self)
         other.model = copy.deepcopy(self.model)
         return other
+
+    def _scales(self, levels: Sequence[Levels]) -> list[float]:
+        """What the real loss grows by with each matrix alone near half of its units, over its error there."""
+        whole, found = self.loss(self.model), list[float]()
+        for matrix in levels:
+            half = len(matrix.levels[0].keep) / 2
+            middle = min(matrix.levels[1:], key=lambda level: abs(len(level.keep) - half))
+            install(self.model, matrix, middle)
+            found.append((self.loss(self.model) - whole) / middle.error if middle.error else 0.0)
+            install(self.model, matrix, matrix.levels[0])
+        most = max(found)
+        return [max(scale, _LEAST * most) for scale in found] if most > 0 else [1.0] * len(found)
 
     def _costs(self, blocks: Sequence[Block]) -> Costs:
         heads = {count for block in blocks for count in head_counts(block)}

@@ -39,7 +39,10 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """What can be made of one output layer, from whole to gone. ``kind`` is a field of surgery's ``Keep``."""
+    """What can be made of one output layer, from whole to gone. ``kind`` is a field of surgery's ``Keep``.
+
+    ``scale`` is what errors of this layer are worth beside those of others.
+    """
 
     block: Block
     kind: str  # head_groups or neurons
@@ -47,6 +50,7 @@ class Levels:
     weight: Tensor  # [out, in] as it was
     bias: Tensor | None
     levels: list[Level]
+    scale: float = 1.0
 
     @property
     def path(self) -> str:
