@@ -347,3 +347,24 @@ def test_distillation_of_a_model_into_itself_is_zero() -> None:
     batch = objective.collate(rows, None)
     assert batch["attention_mask"].sum() == objective.amount(batch) == 10
     assert float(objective.loss(model, batch).value.detach()) == pytest.approx(0, abs=1e-6)
+
+
+def test_an_error_is_worth_what_its_matrix_alone_costs() -> None:
+    bench = Bench("llama")
+    model, data = bench.model(), [bench.inputs(3), bench.inputs(2)]
+    run = Run(ZipLM(metric="params", **QUICK), copy.deepcopy(model), data)
+    levels, whole = run.levels(), run.loss(model)
+    found = []
+    for matrix in levels:
+        units = len(matrix.levels[0].keep)
+        middle = min(matrix.levels[1:], key=lambda level: abs(2 * len(level.keep) - units))
+        other = copy.deepcopy(model)
+        weight = other.get_submodule(matrix.path).weight
+        with torch.no_grad():
+            weight.zero_()
+            weight[:, columns(middle.keep.tolist(), matrix.width)] = middle.weight
+        found.append((run.loss(other) - whole) / middle.error)
+    wanted = [max(scale, 1e-3 * max(found)) for scale in found]
+    assert [matrix.scale for matrix in levels] == pytest.approx(wanted, rel=1e-4)
+    for ours, theirs in zip(run.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
