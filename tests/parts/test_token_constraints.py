@@ -21,8 +21,6 @@ from gossamer.parts.token_constraints import GrammarProcessor, Grammars
 from gossamer.parts.vocabulary import trim_vocabulary
 from gossamer.testing.bench import Bench
 
-llguidance = pytest.importorskip("llguidance")
-
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {

@@ -7,6 +7,7 @@ import os
 import random
 from typing import Any
 
+import jsonschema_rs
 import pytest
 import torch
 
@@ -109,7 +110,6 @@ def test_the_first_token_is_timed_with_and_without_http(server: Server, loaded: 
 
 
 def test_answers_under_schemas_are_checked_by_another_validator(server: Server, loaded: None) -> None:
-    pytest.importorskip("llguidance")
     found = serve.schemas(server, "tiny", count=3, answers=1)
     assert found["invalid"] == []
     assert found["valid_share"] == 1
@@ -145,8 +145,6 @@ def test_what_counts_as_answered_refused_and_lost(reply: Reply, outcome: str) ->
 
 
 def test_the_schemas_are_fifty_and_every_answer_ends() -> None:
-    jsonschema_rs = pytest.importorskip("jsonschema_rs")
-    pytest.importorskip("llguidance")
     assert len({json.dumps(schema, sort_keys=True) for schema in SCHEMAS}) == len(SCHEMAS) == 50
     assert len(set(PROMPTS)) == 20
     tokenizer = load_nursery("llama-7m")[1]
