@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 from gossamer.compression.ziplm import Run, ZipLM
 from gossamer.compression.ziplm.costs import Costs, counted, head_counts, isotonic, measured
 from gossamer.compression.ziplm.removal import ffn_widths, level_of, remove_units, unit_scores
-from gossamer.compression.ziplm.search import search, solve
+from gossamer.compression.ziplm.search import even, search, solve
 from gossamer.compression.ziplm.tuning import Distillation, token_loss
 from gossamer.core.errors import InputError, OptionError
 from gossamer.parts.calibration import collect
@@ -349,22 +349,49 @@ def test_distillation_of_a_model_into_itself_is_zero() -> None:
     assert float(objective.loss(model, batch).value.detach()) == pytest.approx(0, abs=1e-6)
 
 
-def test_an_error_is_worth_what_its_matrix_alone_costs() -> None:
+def test_an_error_is_worth_what_it_costs_among_the_cuts_of_the_target() -> None:
     bench = Bench("llama")
     model, data = bench.model(), [bench.inputs(3), bench.inputs(2)]
     run = Run(ZipLM(metric="params", **QUICK), copy.deepcopy(model), data)
-    levels, whole = run.levels(), run.loss(model)
-    found = []
-    for matrix in levels:
-        units = len(matrix.levels[0].keep)
-        middle = min(matrix.levels[1:], key=lambda level: abs(2 * len(level.keep) - units))
-        other = copy.deepcopy(model)
-        weight = other.get_submodule(matrix.path).weight
-        with torch.no_grad():
-            weight.zero_()
-            weight[:, columns(middle.keep.tolist(), matrix.width)] = middle.weight
-        found.append((run.loss(other) - whole) / middle.error)
-    wanted = [max(scale, 1e-3 * max(found)) for scale in found]
-    assert [matrix.scale for matrix in levels] == pytest.approx(wanted, rel=1e-4)
+    levels = run.levels()
+    start = run.even(levels, 1.2)
+    shares = [matrix.units[level] / matrix.units[0] for matrix, level in zip(levels, start, strict=True)]
+    assert 0 < min(shares) <= max(shares) < 1
+    slopes = []
+    for number, (matrix, level) in enumerate(zip(levels, start, strict=True)):
+        more, fewer = matrix.around(level)
+        assert matrix.units[more] > matrix.units[fewer]
+        losses = []
+        for place in (more, fewer):
+            other = copy.deepcopy(model)
+            for at, (one, usual) in enumerate(zip(levels, start, strict=True)):
+                kept = one.levels[place if at == number else usual]
+                weight = other.get_submodule(one.path).weight
+                with torch.no_grad():
+                    weight.zero_()
+                    weight[:, columns(kept.keep.tolist(), one.width)] = kept.weight
+            losses.append(run.loss(other))
+        slopes.append((losses[1] - losses[0]) / (matrix.levels[fewer].error - matrix.levels[more].error))
+    wanted = []
+    for matrix, slope in zip(levels, slopes, strict=True):
+        alike = [max(s, 0.0) for s, other in zip(slopes, levels, strict=True) if other.kind == matrix.kind]
+        least = 0.3 * (sum(alike) / len(alike) or sum(max(s, 0.0) for s in slopes) / len(slopes) or 1.0)
+        wanted.append(max(slope, least))
+    assert run._scales(levels, start) == pytest.approx(wanted, rel=1e-3)
     for ours, theirs in zip(run.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_even_levels_are_the_largest_density_that_fits() -> None:
+    units, costs = [[4, 2, 0], [10, 7, 5, 0]], [np.array([4.0, 2.0, 0.0]), np.array([10.0, 7.0, 5.0, 0.0])]
+
+    def nearest(density: float) -> tuple[int, ...]:
+        return tuple(min(range(len(left)), key=lambda s: abs(left[s] / left[0] - density)) for left in units)
+
+    def spent(levels: tuple[int, ...]) -> float:
+        return sum(cost[level] for cost, level in zip(costs, levels, strict=True))
+
+    fitting = [levels for levels in (nearest(d / 100) for d in range(101)) if spent(levels) <= 9]
+    assert even(units, costs, 9) == fitting[-1] == (1, 1)
+    assert even(units, costs, 0) == (2, 3)
+    assert even(units, costs, -1) is None

@@ -18,11 +18,13 @@ Kurtic, Frantar, Alistarh, NeurIPS 2023 (arXiv 2302.04089). Per block two layers
 :meth:`ZipLM.family` gives a model for each target; ``compress`` gives the last: one-shot for that target alone,
 gradually by way of those before.
 
-Differences from the paper: errors count in units of real loss, ``p_{l,s}`` times the loss that matrix l alone adds near
-half of its units over its error there, since an error of attention costs a model far less than one of an FFN; the first
-start of the search has all coefficients 1; the loss is looked at on the first ``search_tokens`` of the calibration; the
-token loss is SquareHead's, divided by the teacher's size. Where a model has neither labels nor a next token to predict,
-the loss is the distance from its own outputs.
+Differences from the paper: errors count in units of real loss. ``p_{l,s}`` is multiplied by the slope of the loss over
+it, from one and a half times to half of the units that matrix l keeps where one density for all meets the budget, the
+other matrices as they are there: an error of attention costs a model far less than one of an FFN, and next to the whole
+model hardly anything costs what it will among other cuts. The first start of the search has all coefficients 1; the
+loss is looked at on the first ``search_tokens`` of the calibration; the token loss is SquareHead's, divided by the
+teacher's size. Where a model has neither labels nor a next token to predict, the loss is the distance from its own
+outputs.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ import numpy as np
 
 from gossamer.compression.ziplm.costs import Costs, compare, counted, head_counts, measured
 from gossamer.compression.ziplm.removal import Levels, Removal, build_levels, ffn_widths, install, remove_units
-from gossamer.compression.ziplm.search import Found, search
+from gossamer.compression.ziplm.search import Found, even, search
 from gossamer.compression.ziplm.tuning import loss_of, tune
 from gossamer.core.card import Card
 from gossamer.core.errors import InputError, OptionError
@@ -61,7 +63,7 @@ CARD = Card(
     families=("llama", "gpt2"),
     limits="recovery by long training and latencies on GPUs are not shown",
 )
-_LEAST = 1e-3  # of the largest scale: no error is worth nothing
+_LEAST = 0.3  # of the mean slope of its kind, since slopes are noisy
 
 
 class ZipLMConfig(Config):
@@ -154,36 +156,35 @@ class Run:
     def levels(self, removal: Removal | None = None) -> list[Levels]:
         """Levels of the model as it is now."""
         removal = removal or functools.partial(remove_units, damp=self.config.damp)
-        found = build_levels(self.model, self.batches, find_blocks(self.model), self.widths, removal)
-        scales = self._scales(found)
-        return [dataclasses.replace(matrix, scale=scale) for matrix, scale in zip(found, scales, strict=True)]
+        return build_levels(self.model, self.batches, find_blocks(self.model), self.widths, removal)
 
     def search(self, levels: Sequence[Levels], target: float) -> Found:
         """The best levels for ``target``; the model is as before afterwards. OptionError where it is out of reach."""
-        errors = [matrix.scale * np.array([level.error for level in matrix.levels]) for matrix in levels]
         config, costs, budget = self.config, self.level_costs(levels), self.budget(target)
         if sum(cost[0] for cost in costs) <= budget:
             return Found((0,) * len(levels), self.loss(self.model), 1)
+        start = self.even(levels, target)
+        scales = self._scales(levels, start)
+        errors = [scale * np.array(matrix.errors) for scale, matrix in zip(scales, levels, strict=True)]
         found = search(
             functools.partial(self.stitched_loss, levels), errors, costs, budget,
             starts=config.search_starts, steps=config.search_steps, mutate=config.mutate, seed=self.seed,
         )  # fmt: skip
-        for matrix in levels:
-            install(self.model, matrix, matrix.levels[0])
+        self._install(levels, [0] * len(levels))
         if found is None:
-            most = self.costs.whole / self._rest
-            raise OptionError(
-                f"{self.name}.targets",
-                must=f"be at most {most:.2f}, what a model without any heads and neurons reaches",
-                got=target,
-                do="lower it, or time another shape",
-            )
+            raise self._unreachable(target)
+        return found
+
+    def even(self, levels: Sequence[Levels], target: float) -> tuple[int, ...]:
+        """The levels of the largest density that meets ``target`` where all have it; OptionError where none does."""
+        found = even([matrix.units for matrix in levels], self.level_costs(levels), self.budget(target))
+        if found is None:
+            raise self._unreachable(target)
         return found
 
     def stitched_loss(self, levels: Sequence[Levels], choice: Sequence[int]) -> float:
         """The real loss of the model with these levels, whose weights it is left with."""
-        for matrix, level in zip(levels, choice, strict=True):
-            install(self.model, matrix, matrix.levels[level])
+        self._install(levels, choice)
         return self.loss(self.model)
 
     def level_costs(self, levels: Sequence[Levels]) -> list[Any]:
@@ -197,8 +198,8 @@ class Run:
     def finish(self, levels: Sequence[Levels], found: Found, target: float) -> CompressionReport:
         """Cut the model to what was found, tune it, and say what came of it."""
         keeps: dict[int, Keep] = {}
+        self._install(levels, found.levels)
         for matrix, level in zip(levels, found.levels, strict=True):
-            install(self.model, matrix, matrix.levels[level])
             keep = keeps.get(matrix.block.index, Keep())
             kept = matrix.levels[level].keep.tolist()
             keeps[matrix.block.index] = dataclasses.replace(keep, **{matrix.kind: kept})
@@ -231,17 +232,37 @@ class Run:
         other.model = copy.deepcopy(self.model)
         return other
 
-    def _scales(self, levels: Sequence[Levels]) -> list[float]:
-        """What the real loss grows by with each matrix alone near half of its units, over its error there."""
-        whole, found = self.loss(self.model), list[float]()
-        for matrix in levels:
-            half = len(matrix.levels[0].keep) / 2
-            middle = min(matrix.levels[1:], key=lambda level: abs(len(level.keep) - half))
-            install(self.model, matrix, middle)
-            found.append((self.loss(self.model) - whole) / middle.error if middle.error else 0.0)
-            install(self.model, matrix, matrix.levels[0])
-        most = max(found)
-        return [max(scale, _LEAST * most) for scale in found] if most > 0 else [1.0] * len(found)
+    def _scales(self, levels: Sequence[Levels], start: Sequence[int]) -> list[float]:
+        """The real loss over each matrix's error, between more and fewer of its units, the others at ``start``."""
+        self._install(levels, start)
+        slopes = []
+        for matrix, level in zip(levels, start, strict=True):
+            more, fewer = matrix.around(level)
+            losses = []
+            for place in (more, fewer):
+                install(self.model, matrix, matrix.levels[place])
+                losses.append(self.loss(self.model))
+            install(self.model, matrix, matrix.levels[level])
+            rise = matrix.errors[fewer] - matrix.errors[more]
+            slopes.append((losses[1] - losses[0]) / rise if rise > 0 else 0.0)
+        self._install(levels, [0] * len(levels))
+        kinds = np.array([matrix.kind for matrix in levels])
+        rising = np.maximum(slopes, 0.0)
+        means = [rising[kinds == kind].mean() or rising.mean() or 1.0 for kind in kinds]
+        return [max(scale, _LEAST * float(mean)) for scale, mean in zip(rising, means, strict=True)]
+
+    def _unreachable(self, target: float) -> OptionError:
+        most = self.costs.whole / self._rest
+        return OptionError(
+            f"{self.name}.targets",
+            must=f"be at most {most:.2f}, what a model without any heads and neurons reaches",
+            got=target,
+            do="lower it, or time another shape",
+        )
+
+    def _install(self, levels: Sequence[Levels], choice: Sequence[int]) -> None:
+        for matrix, level in zip(levels, choice, strict=True):
+            install(self.model, matrix, matrix.levels[level])
 
     def _costs(self, blocks: Sequence[Block]) -> Costs:
         heads = {count for block in blocks for count in head_counts(block)}

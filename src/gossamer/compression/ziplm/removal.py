@@ -39,10 +39,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """What can be made of one output layer, from whole to gone. ``kind`` is a field of surgery's ``Keep``.
-
-    ``scale`` is what errors of this layer are worth beside those of others.
-    """
+    """What can be made of one output layer, from whole to gone. ``kind`` is a field of surgery's ``Keep``."""
 
     block: Block
     kind: str  # head_groups or neurons
@@ -50,11 +47,29 @@ class Levels:
     weight: Tensor  # [out, in] as it was
     bias: Tensor | None
     levels: list[Level]
-    scale: float = 1.0
 
     @property
     def path(self) -> str:
         return self.block.out_path if self.kind == "head_groups" else self.block.down_path
+
+    @property
+    def units(self) -> list[int]:
+        """How many are left at each level."""
+        return [len(level.keep) for level in self.levels]
+
+    @property
+    def errors(self) -> list[float]:
+        """``p`` of each level."""
+        return [level.error for level in self.levels]
+
+    def around(self, level: int) -> tuple[int, int]:
+        """A level above and one below: about one and a half times as many units, and half as many."""
+        left = self.units
+        more = min(range(level + 1), key=lambda place: abs(left[place] - 1.5 * left[level]))
+        fewer = min(range(level, len(left)), key=lambda place: abs(left[place] - 0.5 * left[level]))
+        if more == fewer:
+            return max(0, level - 1), min(len(left) - 1, level + 1)
+        return more, fewer
 
 
 Removal = Callable[[Tensor, Tensor, int, Collection[int]], dict[int, Level]]

@@ -51,6 +51,18 @@ def solve(errors: Sequence[Numbers], costs: Sequence[Numbers], budget: float) ->
     return tuple(reversed(levels))
 
 
+def even(units: Sequence[Sequence[int]], costs: Sequence[Numbers], budget: float) -> tuple[int, ...] | None:
+    """The levels of the largest density that fits ``budget`` where all matrices have it; ``None`` where none does.
+
+    ``units[l][s]`` are left of matrix l at level s, all at level 0.
+    """
+    for density in range(100, -1, -1):
+        levels = tuple(int(np.abs(np.array(left) / left[0] - density / 100).argmin()) for left in units)
+        if sum(cost[level] for cost, level in zip(costs, levels, strict=True)) <= budget:
+            return levels
+    return None
+
+
 def search(
     score: Callable[[tuple[int, ...]], float],
     errors: Sequence[Numbers],
