@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import mmap
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +42,18 @@ def test_a_system_without_them_gives_ordinary_pages(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huge_pages, "_free", memoryview(b""))
     monkeypatch.setattr(mmap, "mmap", Refusing)
     assert torch.equal(in_huge_pages(torch.ones(3)), torch.ones(3))
+
+
+def test_the_pages_are_huge_where_the_system_has_them() -> None:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text():
+        pytest.skip("a system without huge pages")
+    before = _huge()
+    kept = in_huge_pages(torch.ones(64 << 20, dtype=torch.uint8))
+    assert _huge() - before >= kept.numel() // 2
+
+
+def _huge() -> int:
+    """Bytes of this process in huge pages."""
+    found = re.findall(r"^AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    return 1024 * sum(map(int, found))

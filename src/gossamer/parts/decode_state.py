@@ -17,11 +17,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.core.errors import InputError
+from gossamer.parts.huge_pages import mapped
 
 BEFORE_NORM = 1_000_000  # as a number of hidden states: the last layer's output before the final norm
 LANES = 16  # keys of a block in the native layout
@@ -97,11 +97,11 @@ class State:
         self.pending: Tree | None = None
         self.addresses: Any = None  # of keys and values, as the kernels take them
         blocks = -(-capacity // LANES)
+        values = [(h, blocks * LANES, d) for h, d in shapes]
+        keys = [(h, blocks, d, LANES) for h, d in shapes] if blocked else values
         # a masked place is multiplied by zero, so it must never hold NaN
-        self.values = [_zeros((h, blocks * LANES, d), dtype, device) for h, d in shapes]
-        self.keys = [
-            _zeros((h, blocks, d, LANES) if blocked else (h, blocks * LANES, d), dtype, device) for h, d in shapes
-        ]
+        zeros = _zeros([*keys, *values], dtype, device)
+        self.keys, self.values = zeros[: len(keys)], zeros[len(keys) :]
 
     @property
     def room(self) -> int:
@@ -134,10 +134,12 @@ class State:
         twin.__dict__.update(self.__dict__)
         twin.addresses = None
         used = self.length + (0 if self.pending is None else len(self.pending.depths))
-        ends = (-(-used // LANES) if self.blocked else used, used)
-        twin.keys, twin.values = (
-            [_copied(t, end) for t in ts] for ts, end in zip((self.keys, self.values), ends, strict=True)
-        )
+        old = [*self.keys, *self.values]
+        new = _zeros([tuple(tensor.shape) for tensor in old], old[0].dtype, old[0].device)
+        for place, (source, target) in enumerate(zip(old, new, strict=True)):
+            end = -(-used // LANES) if self.blocked and place < len(self.keys) else used
+            target[:, :end] = source[:, :end]
+        twin.keys, twin.values = new[: len(self.keys)], new[len(self.keys) :]
         return twin
 
     def check(self, count: int, where: str) -> None:
@@ -194,18 +196,21 @@ def _bits(bits: int) -> list[int]:
     return [i for i in range(bits.bit_length()) if bits >> i & 1]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
-    """Zeros whose memory is taken page by page as it is written, and begins with a whole vector."""
+def _zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: Any) -> list[Tensor]:
+    """Zeros in one mapping of their own, whose pages are taken as they are written; each begins with a whole vector.
+
+    Memory of the allocator, once used and freed, would be cleared from end to end, for room that few requests fill.
+    """
     if torch.device(device).type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    raw = torch.from_numpy(np.zeros(size + _ALIGNMENT, np.uint8))
-    start = -raw.data_ptr() % _ALIGNMENT
-    return raw[start : start + size].view(dtype).view(shape)
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    memory = torch.frombuffer(mapped(sum(map(_aligned, sizes))), dtype=torch.uint8)
+    found, start = [], 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        found.append(memory[start : start + size].view(dtype).view(shape))
+        start += _aligned(size)
+    return found
 
 
-def _copied(tensor: Tensor, end: int) -> Tensor:
-    """A copy whose second axis is filled up to ``end``."""
-    twin = _zeros(tuple(tensor.shape), tensor.dtype, tensor.device)
-    twin[:, :end] = tensor[:, :end]
-    return twin
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
