@@ -105,6 +105,30 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(opened: Any, bundle: 
         assert order[start : start + 5 : 2] == blocks[-3:]
 
 
+def test_prompts_of_a_burst_are_read_together(
+    opened: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, until: Any
+) -> None:
+    monkeypatch.setattr("gossamer.serving.engine._GATHER", 10.0)
+    with opened(bundle, capacity=Capacity(prefix_tokens=0)) as engine:
+        reads: list[int] = []
+        read = engine.stepper.read
+        engine.stepper.read = lambda answers, counts: reads.append(len(answers)) or read(answers, counts)  # type: ignore[method-assign, func-returns-value]
+        prompts = [[token] * 4 for token in range(20, 28)]
+        with engine.announced():
+            # no guard is on, so the text that one would judge holds nothing up
+            heard = [Heard(engine, [Ask(prompt, 4, 0, GREEDY, judged=("text",))]) for prompt in prompts[:4]]
+            assert not until(lambda: reads, 0.05)
+            heard += [Heard(engine, [Ask(prompt, 4, 0, GREEDY, judged=("text",))]) for prompt in prompts[4:]]
+        for one in heard:
+            one.wait()
+        assert reads == [8]
+
+
+def test_a_burst_is_not_waited_for_without_end(engine: Engine) -> None:
+    with engine.announced():
+        Heard(engine, [Ask([5, 6], 2, 0, GREEDY)]).wait()
+
+
 @pytest.mark.parametrize("limit", [0, 4096])
 def test_a_reused_prefix_gives_the_same_text(opened: Any, bundle: Bundle, limit: int) -> None:
     with opened(bundle, capacity=Capacity(prefix_tokens=limit)) as engine:

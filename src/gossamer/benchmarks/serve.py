@@ -67,7 +67,7 @@ def run(quick: bool, log: Callable[[str], None]) -> dict[str, Any]:
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "batch": lambda: _with(model, (), lambda s: batch(s, plan["rounds"], plan["tokens"])),
         "first token": lambda: _with(model, (), lambda s: first_token(s, model, plan["bursts"])),
-        "load": lambda: _with(SMALL, ("--max-length", "128"), lambda s: load(s, plan["requests"], plan["examples"])),
+        "load": lambda: _with(SMALL, (), lambda s: load(s, plan["requests"], plan["examples"])),
         "schemas": lambda: _with(model, (), lambda s: schemas(s, model, plan["schemas"], plan["answers"])),
         "crowd": lambda: _with(
             model,

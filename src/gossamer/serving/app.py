@@ -107,8 +107,10 @@ class _Server:
         deadline = request.scope[DEADLINE]
         # tokenising a long prompt takes a while; making grammars takes longer, and must not hold up the others
         pool = self._grammar_thread if constrained(body) else None
-        asks = await in_time(asyncio.get_running_loop().run_in_executor(pool, translate), deadline)
-        listener = Listener(self.engines[body.model], asks, deadline)
+        engine = self.engines[body.model]
+        with engine.announced():
+            asks = await in_time(asyncio.get_running_loop().run_in_executor(pool, translate), deadline)
+            listener = Listener(engine, asks, deadline)
         if body.stream:
             told = body.stream_options is not None and bool(body.stream_options.include_usage)
             return EventStream(listener, shape, prompts, told)

@@ -92,7 +92,7 @@ class Writing:
         self.choice, self.recorder, self.grammar = ask.sampling.choice(len(ask.prompt), ask.index)
         self.state: Any = None
         self.drafting = False  # the decoding stage keeps a memory of its own for it
-        self.judged = not ask.judged
+        self.judged = False  # or no guard has to
         self.over = False
         self._tokenizer = tokenizer
         self._text, self._stops = Detokeniser(tokenizer, ask.prompt), Stops(ask.stops)

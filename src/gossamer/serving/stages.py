@@ -52,6 +52,10 @@ class Stages:
                 raise OptionError(f"{where}.{name}", must="name a stage of this server", do=_choose(name, self.names))
         return frozenset(name for name in self.names if switches.get(name, True))
 
+    def judges(self, ask: Ask) -> bool:
+        """Whether a guard that is on has something to judge."""
+        return bool(ask.judged) and any(guard.name in ask.stages for guard in self.guards)
+
     def judge(self, ask: Ask, tally: Tally) -> tuple[str, int] | None:
         """The refusal and its number of tokens where a guard that is on flags a text of the prompt."""
         refusal = None
