@@ -28,6 +28,7 @@ from gossamer.core.report import Report, Value, metric_of, show, show_interval, 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = registry.PACKAGE / "evidence" / "bench" / "quickstart.json"
 SPEED = registry.PACKAGE / "evidence" / "bench" / "decode.json"
+SERVING = registry.PACKAGE / "evidence" / "bench" / "serve.json"
 MADE = "<!-- written by docs/generate.py from the source: make docs -->"
 STATES = {
     "shown": "shown",
@@ -49,6 +50,7 @@ def generated() -> dict[Path, str]:
     blocks = {
         "demo": demo(),
         "speed": speed(),
+        "serving": serving(),
         "catalogue": catalogue([entry for entry in entries if not entry.card.builtin]),
         "steps": "\n\n".join(step(entry) for entry in registry.steps().values()),
         "data": options(DataConfig.specs),
@@ -185,6 +187,18 @@ def speed() -> str:
     made.append(table(("", *next(iter(best.values()))), gains))
     note = f"One run with the arms in turn: {found['date']}, {found['cpu']}, {found['threads']} threads, batch 1."
     return "\n\n".join([*made, _escape(note)])
+
+
+def serving() -> str:
+    """What ``bench serve`` found, beside what it was to find."""
+    found = json.loads(SERVING.read_text(encoding="utf-8"))
+    rows = [
+        (_escape(line["text"]), f"{line['value']:.4g}", _escape(line["target"]), "met" if line["met"] else "missed")
+        for line in found["targets"]
+    ]
+    where = f"{found['date']}, {found['cpu']}, {found['threads']} threads, clients on the same cores."
+    note = f"{'; '.join(found['notes'])}. {where}"
+    return "\n\n".join([table(("", "measured", "asked for", ""), rows), _escape(note)])
 
 
 def _measured(value: Value) -> str:

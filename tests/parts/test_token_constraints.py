@@ -181,6 +181,27 @@ def test_blanks_in_json_have_a_bound(tiny: tuple[Any, Grammars]) -> None:
         assert ids[-1] not in allowed(processor, ids[:-1]), text
 
 
+@pytest.mark.parametrize("shape", ["time", "date-time"])
+def test_fractions_of_a_second_have_a_bound(shape: str, tiny: tuple[Any, Grammars]) -> None:
+    tokenizer, grammars = tiny
+    when = {"type": "string", "format": shape}
+    schema = {"type": "object", "properties": {"format": when, "at": {"anyOf": [when]}}, "required": ["at"]}
+    processor, day = GrammarProcessor(grammars.json_schema(schema), 0), "2024-02-29T" if shape == "date-time" else ""
+    digits = {tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"}
+    for text, more in (("." + "1" * 8, True), ("." + "1" * 9, False)):
+        begun = tokenizer(f'{{"at":"{day}10:20:30{text}', add_special_tokens=False)["input_ids"]
+        assert bool(digits & allowed(processor, begun)) == more
+        assert tokenizer.convert_tokens_to_ids("Z") in allowed(processor, begun)
+    for end in ("Z", ".5Z", ".123456789+01:00"):
+        whole = tokenizer(f'{{"at":"{day}10:20:30{end}"}}', add_special_tokens=False)["input_ids"]
+        assert processor.finished(whole)
+    # a pattern of its own stays, and values are no schemas
+    own = {"anyOf": [{**when, "pattern": "Z$"}, {"const": {"format": shape}}]}
+    processor = GrammarProcessor(grammars.json_schema(own), 0)
+    for text in (f'"{day}10:20:30.{"1" * 12}Z"', f'{{"format":"{shape}"}}'):
+        assert processor.finished(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def test_a_schema_cannot_change_the_rules(tiny: tuple[Any, Grammars]) -> None:
     _, grammars = tiny
     with pytest.raises(InputError, match="uniqueItems"):

@@ -47,6 +47,9 @@ _JSON_OPTIONS: JsonCompileOptions = {
     "coerce_one_of": False,
     "lenient": False,
 }
+# of a time that is written with a fraction of a second, which no format bounds either: down to nanoseconds
+_TIMES, _FRACTION = ("time", "date-time"), r"^[^.]*(\.[0-9]{1,9}([^0-9.].*)?)?$"
+_VALUES = ("const", "default", "enum", "examples")  # keywords that hold values and no schemas
 _CHECKED_REFS = 100  # of a schema with more references, unending ones are not looked for
 _TABLES: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
@@ -81,7 +84,8 @@ class Grammars:
         self._table = _table(tokenizer, vocabulary_size, self.ends)
 
     def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
-        """JSON that ``schema`` allows, its properties in the order in which the schema has them.
+        """JSON that ``schema`` allows, its properties in the order in which the schema has them; times have at most
+        nine digits of a second's fraction.
 
         Raises InputError where no value can satisfy it, where it uses keywords that cannot be held to token by token
         (such as ``not``, ``if``, ``uniqueItems``), and where it is no schema.
@@ -92,7 +96,7 @@ class Grammars:
         if not isinstance(schema, Mapping):
             raise InputError(where, must="be an object", got=type(schema).__name__)
         try:
-            text = json.dumps(schema, allow_nan=False)
+            text = json.dumps(_bounded(schema), allow_nan=False)
             grammar = self._grammar(where, LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))
             unending = _unending(schema)
         except (RecursionError, TypeError, ValueError) as error:
@@ -247,6 +251,16 @@ def _advice(error: str) -> str:
     if "nsatisfiable" in error:
         return "loosen it: no value satisfies it"
     return "mend it"
+
+
+def _bounded(node: Any) -> Any:
+    """``node`` with an end to the fraction of a second in each time that has no pattern of its own."""
+    if isinstance(node, list):
+        return [_bounded(child) for child in node]
+    if not isinstance(node, Mapping):
+        return node
+    made = {key: child if key in _VALUES else _bounded(child) for key, child in node.items()}
+    return made if node.get("format") not in _TIMES else {"pattern": _FRACTION, **made}
 
 
 def _unending(schema: Any) -> bool:
