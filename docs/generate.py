@@ -193,7 +193,7 @@ def serving() -> str:
     """What ``bench serve`` found, beside what it was to find."""
     found = json.loads(SERVING.read_text(encoding="utf-8"))
     rows = [
-        (_escape(line["text"]), f"{line['value']:.4g}", _escape(line["target"]), "met" if line["met"] else "missed")
+        (_escape(line["text"]), f"{line['value']:.10g}", _escape(line["target"]), "met" if line["met"] else "missed")
         for line in found["targets"]
     ]
     where = f"{found['date']}, {found['cpu']}, {found['threads']} threads, clients on the same cores."
