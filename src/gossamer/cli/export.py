@@ -30,6 +30,7 @@ def command(
     if as_json:
         json_out(dataclasses.asdict(done))
         return
-    typer.echo(f"wrote {done.path}: {done.format} {done.type or ''}, {done.bytes / 1e6:,.1f} MB")
+    form = " ".join(filter(None, (done.format, done.type)))
+    typer.echo(f"wrote {done.path}: {form}, {done.bytes / 1e6:,.1f} MB")
     for name, value in done.proof.items():
         typer.echo(f"  {name}: {value}")
