@@ -195,10 +195,11 @@ def test_fractions_of_a_second_have_a_bound(shape: str, tiny: tuple[Any, Grammar
     for end in ("Z", ".5Z", ".123456789+01:00"):
         whole = tokenizer(f'{{"at":"{day}10:20:30{end}"}}', add_special_tokens=False)["input_ids"]
         assert processor.finished(whole)
-    # a pattern of its own stays, and values are no schemas
-    own = {"anyOf": [{**when, "pattern": "Z$"}, {"const": {"format": shape}}]}
+    # a pattern of its own stays, and so do values, which are no schemas
+    named = f"{day}10:20:30.{'2' * 10}Z"
+    own = {"anyOf": [{**when, "pattern": "1Z$"}, {**when, "enum": [named]}, {"const": {"format": shape}}]}
     processor = GrammarProcessor(grammars.json_schema(own), 0)
-    for text in (f'"{day}10:20:30.{"1" * 12}Z"', f'{{"format":"{shape}"}}'):
+    for text in (f'"{day}10:20:30.{"1" * 12}Z"', f'"{named}"', f'{{"format":"{shape}"}}'):
         assert processor.finished(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -254,13 +254,14 @@ def _advice(error: str) -> str:
 
 
 def _bounded(node: Any) -> Any:
-    """``node`` with an end to the fraction of a second in each time that has no pattern of its own."""
+    """``node`` with an end to the fraction of a second in each time that has no pattern and no values of its own."""
     if isinstance(node, list):
         return [_bounded(child) for child in node]
     if not isinstance(node, Mapping):
         return node
     made = {key: child if key in _VALUES else _bounded(child) for key, child in node.items()}
-    return made if node.get("format") not in _TIMES else {"pattern": _FRACTION, **made}
+    free = node.get("format") in _TIMES and not node.keys() & {"const", "enum"}
+    return {"pattern": _FRACTION, **made} if free else made
 
 
 def _unending(schema: Any) -> bool:
